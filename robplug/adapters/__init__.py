@@ -1,0 +1,1 @@
+"""Adapters to ART, Foolbox and torchattacks; nothing of the host imports them."""

@@ -1,0 +1,135 @@
+"""What the three adapters share: reading a committed catalogue and making attack classes from it.
+
+A catalogue lists every evasion attack of a library: those offered, with parameters and capabilities, and those not,
+with the reason. It is read without importing the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata as metadata
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from robplug.errors import RobplugError
+from robplug.types import AttackSpec
+
+DISTRIBUTIONS = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox", "torchattacks": "torchattacks"}
+
+
+@functools.cache
+def catalogue(library: str) -> dict[str, Any]:
+    """Returns the committed catalogue of a library: its version, and the entries ``offered`` and ``refused``."""
+    path = Path(__file__).parent / library / "catalogue.json"
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def attack_specs(library: str) -> list[AttackSpec]:
+    """Returns the Specs of a library's offered attacks."""
+    return [_spec(library, entry) for entry in catalogue(library)["offered"]]
+
+
+def _spec(library: str, entry: Mapping[str, Any]) -> AttackSpec:
+    canonical = entry["canonical"]
+    return AttackSpec(
+        name=entry["name"],
+        make=f"robplug.adapters.{library}.inward:{class_name(entry)}",
+        summary=entry["summary"],
+        source=entry["object"],
+        params=entry["params"],
+        norms=tuple(entry["norms"]),
+        budget=entry["budget"],
+        targeted=entry["targeted"],
+        untargeted=entry["untargeted"],
+        needs=entry["needs"],
+        stochastic=entry["stochastic"],
+        canonical=canonical,
+        harmonise=canonical and f"robplug.adapters.{library}.harmonise:{canonical.replace('-', '_')}",
+    )
+
+
+def class_name(entry: Mapping[str, Any]) -> str:
+    """Returns the name of the library's class."""
+    return str(entry["object"]).rpartition(":")[2]
+
+
+def spec_name(library: str, name: str) -> str:
+    """Returns the robplug name of a library's class: without "Attack", in kebab case.
+
+    Example:
+        >>> spec_name("foolbox", "LinfProjectedGradientDescentAttack")
+        'foolbox/linf-projected-gradient-descent'
+        >>> spec_name("torchattacks", "PGDL2")
+        'torchattacks/pgdl2'
+    """
+    words = re.sub(r"Attack$", "", name)
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words)
+    return f"{library}/{words.lower()}"
+
+
+def make_attack_class(library: str, name: str, base: type[Any]) -> type[Any]:
+    """Makes the frozen dataclass of one catalogue entry: its fields are the library's own parameters.
+
+    Args:
+        library: such as ``"art"``.
+        name: name of the library's class.
+        base: the adapter's attack class; gets ``entry`` and, resolved on use, ``foreign``.
+
+    Raises:
+        AttributeError: the catalogue has no such class.
+        RobplugError: the installed library is of another version and its class has other parameters.
+    """
+    entry = next((entry for entry in catalogue(library)["offered"] if class_name(entry) == name), None)
+    if entry is None:
+        raise AttributeError(f"the catalogue of {library} offers no {name}")
+    foreign = _import_checked(library, entry)
+    fields = [(key, Any, _field(value)) for key, value in entry["params"].items()]
+    namespace = {"entry": entry, "foreign": foreign, "__doc__": entry["summary"], "__module__": base.__module__}
+    return dataclasses.make_dataclass(name, fields, bases=(base,), frozen=True, namespace=namespace)
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, list | dict):
+        return dataclasses.field(default_factory=functools.partial(json.loads, json.dumps(value)))
+    return dataclasses.field(default=value)
+
+
+def _import_checked(library: str, entry: Mapping[str, Any]) -> type[Any]:
+    module, _, name = str(entry["object"]).partition(":")
+    foreign: type[Any] = getattr(importlib.import_module(module), name)
+    if other_version(library):
+        known = inspect.signature(foreign.__init__).parameters
+        gone = [key for key in entry["params"] if key not in known]
+        if gone:
+            raise RobplugError(
+                f"{entry['name']} of {library} {metadata.version(DISTRIBUTIONS[library])} has no parameter "
+                f"{', '.join(gone)}; install {library} {catalogue(library)['version']}"
+            )
+    return foreign
+
+
+def other_version(library: str) -> str:
+    """Returns a sentence if the installed version is not the catalogue's, else ""."""
+    made_for = catalogue(library)["version"]
+    try:
+        here = metadata.version(DISTRIBUTIONS[library])
+    except metadata.PackageNotFoundError:
+        return ""
+    return "" if here == made_for else f"{library} {here} is installed; the catalogue was made with {made_for}"
+
+
+class ForeignAttack:
+    """Base of the attack classes made from a catalogue."""
+
+    entry: ClassVar[Mapping[str, Any]]
+    foreign: ClassVar[type[Any]]
+
+    def params(self) -> dict[str, Any]:
+        """Returns the library's own parameters."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]

@@ -1,0 +1,198 @@
+"""The command line: ``robplug --help``."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robplug.errors import RobplugError
+from robplug.plugins import registry
+from robplug.registry import KINDS
+
+app = typer.Typer(
+    help="Papers' attacks and defences as plugins for ART, Foolbox and torchattacks, and a referee that trusts none.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+@app.command()
+def plugins() -> None:
+    """Show the installed plugins, and for a broken one what is wrong and what to do."""
+    table = Table("plugin", "version", "offers", "state")
+    broken = False
+    for plugin in registry().plugins:
+        offers = Counter(kind for kind, (_, cls) in KINDS.items() for spec in plugin.specs if isinstance(spec, cls))
+        text = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in offers.items())
+        state = "ok" if plugin.error is None else f"disabled: {plugin.error.problem}; {plugin.error.remedy}"
+        table.add_row(f"{plugin.distribution} ({plugin.module})", plugin.version, text, state)
+        broken |= plugin.error is not None
+    out.print(table)
+    raise typer.Exit(1 if broken else 0)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="attacks, defenses, targets, datasets or norms")] = "attacks",
+) -> None:
+    """List what the installed plugins offer; imports neither torch nor an attack library."""
+    single = kind.removesuffix("s")
+    if single not in KINDS:
+        raise typer.BadParameter(f"expected {', '.join(k + 's' for k in KINDS)}, got {kind!r}")
+    table = Table("name", *(_ATTACK_COLUMNS if single == "attack" else ()), "summary")
+    for spec in registry().specs(single):
+        more = (", ".join(spec.norms), spec.budget, spec.needs) if single == "attack" else ()
+        table.add_row(spec.name, *more, spec.summary)
+    out.print(table)
+    for note in _library_notes() if single == "attack" else ():
+        err.print(f"note: {note}")
+
+
+_ATTACK_COLUMNS = ("norms", "budget", "needs")
+
+
+def _library_notes() -> list[str]:
+    from robplug.adapters.common import DISTRIBUTIONS, other_version
+
+    return [note for library in DISTRIBUTIONS if (note := other_version(library))]
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="a name of `robplug list`")]) -> None:
+    """Show one attack, defence, target, data set or norm: what it is, its source and its parameters."""
+    found = [(kind, spec) for kind in KINDS for spec in registry().specs(kind) if spec.name == name]
+    if not found:
+        registry().spec("attack", name)  # raises, with near matches
+    for kind, spec in found:
+        out.print(f"[bold]{spec.name}[/bold] ({kind})  {spec.summary}")
+        for label in ("source", "norms", "budget", "needs", "targeted", "stochastic", "canonical", "make"):
+            if value := getattr(spec, label, None):
+                out.print(f"  {label}: {', '.join(value) if isinstance(value, tuple) else value}", highlight=False)
+        for key, value in spec.params.items():
+            out.print(f"  {key} = {value!r}", highlight=False)
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(help="a plan in TOML; code that it names with make= is run")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="run directory, instead of the plan's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print cells, what is done, and the work left")] = False,
+    report_after: Annotated[bool, typer.Option("--report/--no-report", help="write report.html at the end")] = True,
+) -> None:
+    """Run a plan: attack, judge, store, report. The same command again goes on where it stopped."""
+    if dry_run:
+        _dry_run(plan, out_dir)
+        return
+    from robplug.referee.run import Interrupted, run_plan
+
+    try:
+        with _Bar() as bar:
+            results = run_plan(plan, out=out_dir, progress=bar)
+    except Interrupted as stop:
+        err.print(f"stopped; finished chunks are in {stop.path}. To go on:\n  {_command()}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    out.print(results.table())
+    results.export()
+    if report_after:
+        out.print(f"report: {results.report()}", soft_wrap=True)
+    errors = sum(row["status"] == "error" for row in results.rows())
+    if errors:
+        err.print(f"{errors} rows have status error; tracebacks are beside them in {results.path / 'cells'}")
+        raise typer.Exit(1)
+
+
+def _dry_run(plan: Path, out_dir: Path | None) -> None:
+    from robplug.referee.outlook import outlook
+
+    table = Table("cell", "target", "attack", "mode", "threat", "samples", "done", "forward", "backward")
+    rows = outlook(plan, out_dir)
+    for row in rows:
+        table.add_row(*row.columns())
+    out.print(table)
+    out.print(f"{len(rows)} cells; passes are estimates in samples, ? where an attack's parameters do not tell")
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory")],
+    path: Annotated[Path | None, typer.Option("--out", help="where to write; report.html in the run without")] = None,
+) -> None:
+    """Write the report and the tables of a run, finished or not; runs no code of the plan."""
+    from robplug.referee.results import Results
+
+    results = Results(run_dir)
+    results.export()
+    out.print(results.table())
+    out.print(f"report: {results.report(path)}", soft_wrap=True)
+
+
+@app.command()
+def train(plan: Annotated[Path, typer.Argument(help="a training plan in TOML; code that it names is run")]) -> None:
+    """Train a model with a stack of defences; the same command again goes on where it stopped."""
+    from robplug.training_plan import run_train_plan
+
+    try:
+        run_train_plan(plan)
+    except KeyboardInterrupt:
+        err.print(f"stopped; a checkpoint is stored. To go on:\n  {_command()}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def check(
+    package: Annotated[str, typer.Argument(help="name of an installed distribution, such as robplug-flow")],
+) -> None:
+    """Run the conformance kit on an installed plugin; one line for each rule that it breaks."""
+    from robplug.testing.run import check_package
+
+    results = check_package(package)
+    counts = Counter(result.status for result in results)
+    for result in results:
+        if result.status == "failed":
+            out.print(f"{result.subject}: {result.check}: {result.message}", soft_wrap=True, highlight=False)
+    out.print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    raise typer.Exit(1 if counts["failed"] else 0)
+
+
+class _Bar(Progress):
+    """The progress bar of a run: samples, rate and time left."""
+
+    def __init__(self) -> None:
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), rate)
+        super().__init__(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err)
+        self._worked = 0
+
+    def begin(self, samples: int) -> None:
+        """A run begins."""
+        self._bar = self.add_task("starting", total=samples, rate="")
+
+    def advance(self, label: str, samples: int = 0, done_before: bool = False) -> None:  # type: ignore[override]
+        """A chunk is finished, perhaps by an earlier run; only this run's count for the rate."""
+        self._worked += 0 if done_before else samples
+        task = self.tasks[self._bar]
+        rate = f"{self._worked / task.elapsed:.1f}/s" if task.elapsed and self._worked else ""
+        self.update(self._bar, advance=samples, description=label, rate=rate)
+
+
+def _command() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def main(*args: Any) -> None:
+    """Runs the command line; an error of robplug is one clear line and exit code 2."""
+    try:
+        app(*args)
+    except RobplugError as error:
+        err.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False, markup=True)
+        raise SystemExit(2) from None

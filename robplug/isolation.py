@@ -1,0 +1,108 @@
+"""Keeping what foreign code does to global state from lasting: random numbers, and the model it is handed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seeds the global generators of torch, CUDA, numpy and random, and gives them their states back afterwards.
+
+    Args:
+        seed: any number >= 0; each generator takes as many bits of it as it can.
+    """
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    torch.manual_seed(seed % (1 << 63))
+    np.random.seed(seed % (1 << 32))
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def global_numbers() -> tuple[object, ...]:
+    """Returns the states of the global generators on the CPU, to be compared with those of another moment."""
+    legacy = np.random.get_state(legacy=False)
+    assert isinstance(legacy, dict)  # legacy=False
+    numbers = legacy["state"]
+    return (torch.get_rng_state().numpy().tobytes(), numbers["key"].tobytes(), numbers["pos"], random.getstate())
+
+
+@dataclass(frozen=True)
+class _Saved:
+    tensor: Tensor
+    value: Tensor
+    requires_grad: bool
+    grad: Tensor | None
+
+
+class ModuleState:
+    """The modes, parameters, buffers, ``requires_grad`` and ``.grad`` of a module at one moment.
+
+    Args:
+        module: looked at now, and put back by `restore`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._modes = {name: part.training for name, part in module.named_modules()}
+        named = (*module.named_parameters(), *module.named_buffers())
+        self._saved = {
+            name: _Saved(tensor, tensor.detach().clone(), tensor.requires_grad, _copy(tensor.grad))
+            for name, tensor in named
+        }
+
+    def restore(self) -> list[str]:
+        """Puts everything back.
+
+        Returns:
+            What had changed, such as ``"buffer or parameter bn.running_mean"``; empty if nothing had.
+        """
+        changes = []
+        for name, part in self._module.named_modules():
+            if part.training != self._modes.get(name, part.training):
+                changes.append(f"mode of {name or 'the model'}")
+                part.training = self._modes[name]
+        for name, saved in self._saved.items():
+            changes += _restore_tensor(name, saved)
+        return changes
+
+
+def _restore_tensor(name: str, saved: _Saved) -> list[str]:
+    tensor, changes = saved.tensor, []
+    if not _same(tensor.detach(), saved.value):
+        changes.append(f"buffer or parameter {name}")
+        with torch.no_grad():
+            tensor.data = saved.value.clone()
+    if tensor.requires_grad != saved.requires_grad:
+        changes.append(f"requires_grad of {name}")
+        tensor.requires_grad_(saved.requires_grad)
+    if not _same(tensor.grad, saved.grad):
+        changes.append(f".grad of {name}")
+        tensor.grad = _copy(saved.grad)
+    return changes
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -1,0 +1,1 @@
+"""The referee; read in this order: plan, run, guard, verify, store, summary, report."""

@@ -1,0 +1,231 @@
+"""Cells: a plan's targets x datasets x attacks x threats x seeds, and the key under which each is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from robplug.errors import InputError, PlanError, UnknownNameError
+from robplug.referee.plan import AttackEntry, DatasetEntry, Plan, TargetEntry, ThreatEntry
+from robplug.registry import Registry, canonical_settings, check_params
+from robplug.types import AttackSpec, ThreatModel
+
+KEY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack on one target with one data set under one threat with one seed.
+
+    Attributes:
+        index: place in the plan.
+        target: the plan's entry.
+        dataset: the plan's entry.
+        spec: the attack.
+        label: how people call it.
+        mode: harmonised, as-shipped or own.
+        params_passed: parameters as the plan has them.
+        params: parameters in force.
+        threat: norm, eps (None for an attack that looks for the smallest distance) and whether targeted.
+        readings: the plan's radii that are read from this cell.
+        goal: rule for the class to be reached.
+        seed: of the plan.
+        timeout_s: time limit of a chunk.
+    """
+
+    index: int
+    target: TargetEntry
+    dataset: DatasetEntry
+    spec: AttackSpec
+    label: str
+    mode: str
+    params_passed: dict[str, Any]
+    params: dict[str, Any]
+    threat: ThreatModel
+    readings: tuple[float, ...]
+    goal: str
+    seed: int
+    timeout_s: float | None
+
+
+def expand(plan: Plan, registry: Registry, where: str = "plan") -> list[Cell]:
+    """Returns the cells of a plan in its order.
+
+    Raises:
+        PlanError: a name is unknown, a parameter is not the attack's or cannot be honoured, or an attack does not serve
+            a threat; the message names the key.
+    """
+    cells: list[Cell] = []
+    _check_names(plan, registry, where)
+    for target in plan.targets:
+        for dataset in plan.datasets:
+            for number, entry in enumerate(plan.attacks):
+                for found in _of_attack(plan, entry, registry, f"{where}: attacks[{number}]"):
+                    for seed in plan.seed:
+                        cells.append(Cell(index=len(cells), target=target, dataset=dataset, seed=seed, **found))
+    return cells
+
+
+def _check_names(plan: Plan, registry: Registry, where: str) -> None:
+    checks = [(f"datasets[{i}]", "dataset", entry.name) for i, entry in enumerate(plan.datasets)]
+    checks += [(f"threats[{i}]", "norm", entry.norm) for i, entry in enumerate(plan.threats)]
+    checks += [(f"targets[{i}]", "target", entry.name) for i, entry in enumerate(plan.targets) if entry.make is None]
+    for key, kind, name in checks:
+        try:
+            registry.spec(kind, name)
+        except UnknownNameError as error:
+            remedy = "; give make= for a model of your own" if kind == "target" else ""
+            raise PlanError(f"{where}: {key}", f"{error}{remedy}") from None
+
+
+def _of_attack(plan: Plan, entry: AttackEntry, registry: Registry, where: str) -> Iterator[dict[str, Any]]:
+    """Yields what the cells of one attack entry have in common, a dict per library and threat."""
+    threats = [threat for threat in plan.threats if entry.norms is None or threat.norm in entry.norms]
+    if not threats:
+        have = ", ".join(sorted({threat.norm for threat in plan.threats}))
+        raise PlanError(f"{where}.norms", f"none of {entry.norms} is a threat of the plan, which has {have}")
+    for threat in threats:
+        for library in _libraries(entry, threat, registry, where):
+            for eps in _radii(entry, threat, library, registry, where):
+                yield _one(plan, entry, threat, eps, library, registry, where)
+
+
+def _is_canonical(entry: AttackEntry) -> bool:
+    return "/" not in entry.name
+
+
+def _libraries(entry: AttackEntry, threat: ThreatEntry, registry: Registry, where: str) -> list[str | None]:
+    if not _is_canonical(entry):
+        if entry.libraries is not None:
+            raise PlanError(f"{where}.libraries", f"goes with a canonical name such as pgd, not with {entry.name!r}")
+        return [None]
+    try:
+        canonical_settings(entry.name, {})
+    except UnknownNameError as error:
+        raise PlanError(f"{where}.name", str(error)) from None
+    libraries = entry.libraries or registry.canonical_libraries(entry.name, threat.norm)
+    if not libraries:
+        raise PlanError(f"{where}.name", f"no installed library has {entry.name!r} for {threat.norm}")
+    return list(libraries)
+
+
+def _radii(
+    entry: AttackEntry, threat: ThreatEntry, library: str | None, registry: Registry, where: str
+) -> list[float | None]:
+    """Returns the radii for which cells are made: each of the threat's, or None alone for a minimal attack."""
+    spec = _spec(entry, threat, library, registry, where)
+    if spec.budget == "minimal":
+        return [None]
+    radii = [eps for eps in threat.eps if eps is not None]
+    if len(radii) < len(threat.eps):
+        raise PlanError(f"{where}.name", f"{spec.name} needs a radius, and the threat {threat.norm} asks for 'minimal'")
+    return list(radii)
+
+
+def _spec(entry: AttackEntry, threat: ThreatEntry, library: str | None, registry: Registry, where: str) -> AttackSpec:
+    try:
+        if library is not None:
+            return registry.harmonised(entry.name, library, {}, ThreatModel(threat.norm, 0.0))[0]
+        spec: AttackSpec = registry.spec("attack", entry.name)
+    except (UnknownNameError, PlanError) as error:
+        raise PlanError(f"{where}.name", str(error)) from None
+    if threat.norm not in spec.norms:
+        remedy = "restrict it with norms= or remove the threat"
+        raise PlanError(f"{where}.name", f"{spec.name} serves {', '.join(spec.norms)}, not {threat.norm}; {remedy}")
+    if not (spec.targeted if threat.targeted else spec.untargeted):
+        raise PlanError(f"{where}.name", f"{spec.name} cannot serve a threat with targeted={threat.targeted}")
+    return spec
+
+
+def _one(
+    plan: Plan,
+    entry: AttackEntry,
+    threat: ThreatEntry,
+    eps: float | None,
+    library: str | None,
+    registry: Registry,
+    where: str,
+) -> dict[str, Any]:
+    spec = _spec(entry, threat, library, registry, where)
+    model = ThreatModel(threat.norm, eps, targeted=threat.targeted)
+    mode = entry.mode or ("harmonised" if library else "own")
+    try:
+        params = _params_in_force(entry, spec, library, mode, model, registry)
+    except (InputError, PlanError, UnknownNameError) as error:
+        raise PlanError(where, str(error)) from None
+    readings = (eps,) if eps is not None else tuple(radius for radius in threat.eps if radius is not None)
+    return {
+        "spec": spec,
+        "label": f"{entry.name} · {library}" if library else entry.name,
+        "mode": mode,
+        "params_passed": entry.params,
+        "params": params,
+        "threat": model,
+        "readings": readings,
+        "goal": threat.goal if threat.targeted else "",
+        "timeout_s": entry.timeout_s or plan.timeout_s,
+    }
+
+
+def _params_in_force(
+    entry: AttackEntry, spec: AttackSpec, library: str | None, mode: str, threat: ThreatModel, registry: Registry
+) -> dict[str, Any]:
+    if mode == "as-shipped":
+        if entry.params:
+            raise InputError("no parameters with mode = 'as-shipped'", entry.params, "leave out one of the two")
+        return dict(spec.params)
+    if library is None:
+        if mode == "harmonised":
+            raise InputError("a canonical name with mode = 'harmonised'", repr(entry.name))
+        check_params(spec, entry.params)
+        return {**spec.params, **entry.params}
+    _, params = registry.harmonised(entry.name, library, entry.params, threat)
+    check_params(spec, params)
+    return {**spec.params, **params}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What of the surroundings changes a cell's numbers.
+
+    Attributes:
+        weights: digest of the model's parameters and buffers.
+        model_source: digest of the source of the model's own classes.
+        data: digest of the samples.
+        plugin: digest of the source of the attack's plugin if it is installed in editable mode, else "".
+        bounds: of the data.
+        versions: of the attack's plugin and library.
+    """
+
+    weights: str
+    model_source: str
+    data: str
+    plugin: str
+    bounds: tuple[float, float]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def cell_key(cell: Cell, identity: Identity, chunk: int, batch_size: int) -> str:
+    """Returns the SHA-256 of all that changes a cell's numbers, in canonical JSON.
+
+    Names of targets, devices, times and the version of torch are recorded beside the results and not keyed.
+    """
+    parts = {
+        "key_version": KEY_VERSION,
+        "target": {"stochastic": cell.target.stochastic, "eot": cell.target.eot, "draws": cell.target.draws},
+        "attack": cell.spec.name,
+        "mode": cell.mode,
+        "params": cell.params,
+        "threat": {"norm": cell.threat.norm, "eps": cell.threat.eps, "targeted": cell.threat.targeted},
+        "goal": cell.goal,
+        "seed": cell.seed,
+        "chunk": chunk,
+        "batch_size": batch_size,
+        "timeout_s": cell.timeout_s,
+        "identity": asdict(identity),
+    }
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

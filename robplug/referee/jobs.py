@@ -1,0 +1,100 @@
+"""Jobs: cells with their models and data loaded, so that every error comes before the first attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robplug.data import Dataset
+from robplug.errors import PlanError
+from robplug.norms import Norm
+from robplug.referee.cells import Cell, Identity, cell_key, expand
+from robplug.referee.load import identify, make_dataset, make_target
+from robplug.referee.plan import DatasetEntry, Plan, TargetEntry
+from robplug.registry import Registry
+from robplug.rng import Rng
+from robplug.targets import Target
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with all that it needs.
+
+    Attributes:
+        cell: what is to be done.
+        key: where it is stored.
+        identity: digests and versions.
+        target: the model.
+        dataset: the data.
+        norm: of the threat.
+    """
+
+    cell: Cell
+    key: str
+    identity: Identity
+    target: Target
+    dataset: Dataset
+    norm: Norm
+
+    def chunks(self, size: int) -> list[range]:
+        """Returns the sample indices of each chunk."""
+        total = len(self.dataset)
+        return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
+    """Loads models and data and returns a job for each cell, so that every error comes before the first attack."""
+    device = _device(plan.device, where)
+    cells = expand(plan, registry, where)
+    datasets = {i: make_dataset(entry, registry, where) for i, entry in enumerate(plan.datasets)}
+    models: dict[tuple[str, tuple[float, float]], Target] = {}
+
+    def model(entry: TargetEntry, data: Dataset) -> Target:
+        place = (entry.name, data.bounds)
+        if place not in models:
+            models[place] = _counted(make_target(entry, data.bounds, registry, where, device), data, device)
+        return models[place]
+
+    def data(entry: DatasetEntry) -> Dataset:
+        return datasets[plan.datasets.index(entry)]
+
+    jobs = []
+    for cell in cells:
+        dataset = data(cell.dataset)
+        target = model(cell.target, dataset)
+        if target.bounds != dataset.bounds:
+            problem = f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}"
+            raise PlanError(f"{where}: target {cell.target.name}", problem)
+        identity = identify(target, dataset, cell.spec, registry)
+        key = cell_key(cell, identity, plan.chunk, plan.batch_size)
+        registry.attack(cell.spec.name, **cell.params)  # imports the library now, not inside the first chunk
+        jobs.append(Job(cell, key, identity, target, dataset, registry.norm(cell.threat.norm)))
+    return jobs
+
+
+def _counted(target: Target, data: Dataset, device: str) -> Target:
+    if target.classes is not None or not len(data):
+        return target
+    return replace(target, classes=target.count_classes(data.x[:1].to(device)))
+
+
+def goals(job: Job, ids: list[int], x: Tensor, y: Tensor) -> Tensor:
+    """Returns the classes to be reached, never the true ones."""
+    classes = job.target.count_classes(x)
+    if job.cell.goal == "next":
+        return (y + 1) % classes
+    if job.cell.goal == "random":
+        return (y + 1 + Rng(job.cell.seed, ids).integers(classes - 1, device=y.device)) % classes
+    with torch.no_grad():
+        logits = job.target.logits(x)
+    return logits.scatter(1, y[:, None], float("inf")).argmin(1)
+
+
+def _device(name: str, where: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"{where}: device", f"{name!r} asked for, and torch sees no CUDA device; use 'cpu' or 'auto'")
+    return name

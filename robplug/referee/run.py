@@ -1,0 +1,238 @@
+"""Running a plan: cells in their order, chunk by chunk, each finished chunk on disk before the next starts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from robplug.isolation import seeded_globals
+from robplug.plugins import registry
+from robplug.referee.guard import Assignment, Outcome, run_guarded
+from robplug.referee.heartbeat import Heartbeat
+from robplug.referee.jobs import Job, goals, prepare
+from robplug.referee.plan import Plan, load_plan
+from robplug.referee.records import cell_record, provenance
+from robplug.referee.results import Results
+from robplug.referee.store import CellStore, Store
+from robplug.referee.verify import Batch, predict, verify
+from robplug.rng import Rng
+from robplug.types import SampleResult, ThreatModel
+
+EXAMPLES = 8
+"""Images of a cell that are kept for the report."""
+
+
+class Progress(Protocol):
+    """Hears how a run goes."""
+
+    def begin(self, samples: int) -> None:
+        """The plan has so many samples to attack, over all cells."""
+        ...
+
+    def advance(self, label: str, samples: int, done_before: bool) -> None:
+        """So many samples of the cell with this label are finished, perhaps by an earlier run."""
+        ...
+
+
+class _Silent:
+    def begin(self, samples: int) -> None: ...
+
+    def advance(self, label: str, samples: int, done_before: bool) -> None: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: what was finished is stored.
+
+    Attributes:
+        path: the run directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"stopped; {path} has all finished chunks")
+        self.path = path
+
+
+def run_plan(
+    plan: Mapping[str, Any] | str | Path, out: str | Path | None = None, progress: Progress | None = None
+) -> Results:
+    """Runs a plan, or what is left of it; see `robplug.evaluate`.
+
+    Raises:
+        PlanError: before anything has run.
+        StoreError: the run directory cannot be used.
+        Interrupted: Ctrl-C; the chunk under way was finished and stored.
+    """
+    settings, where = load_plan(plan)
+    store = Store(out or settings.out)
+    hear = progress or _Silent()
+    with store.locked(), _polite_interrupt(store.path) as stop:
+        jobs = prepare(settings, registry(), where)
+        store.write_run(provenance(settings, where))
+        hear.begin(sum(len(job.dataset) for job in jobs))
+        clean = CleanPredictions(settings.batch_size)
+        for number, job in enumerate(jobs):
+            for chunk in _run_cell(job, number, settings, store.cell(job.key), clean):
+                hear.advance(f"{job.cell.target.name}: {job.cell.label}", chunk.samples, chunk.done_before)
+                stop()
+    return Results(store.path)
+
+
+class CleanPredictions:
+    """The classes of clean samples; kept, since every cell of a target and a data set needs the same.
+
+    Args:
+        batch_size: samples per forward pass.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._known: dict[tuple[str, str, range], Tensor] = {}
+
+    def of(self, job: Job, samples: range) -> Tensor:
+        """Returns (N,) classes on the CPU."""
+        place = (job.cell.target.name, job.identity.data, samples)
+        if place not in self._known:
+            x = job.dataset.x[samples.start : samples.stop].to(device=job.target.device, dtype=job.target.dtype)
+            job.target.reset(job.cell.seed)
+            with seeded_globals(job.cell.seed):
+                self._known[place] = predict(job.target, x, self._batch_size).cpu()
+        return self._known[place]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    samples: int
+    done_before: bool
+
+
+def _run_cell(job: Job, number: int, plan: Plan, store: CellStore, clean: CleanPredictions) -> Iterator[_Chunk]:
+    """Runs the chunks of a cell that are not finished; yields each chunk."""
+    record = cell_record(job, number, store)
+    finished = store.finished()
+    store.write_record(record)
+    for index, samples in enumerate(job.chunks(plan.chunk)):
+        if index not in finished:
+            done = _run_chunk(job, index, samples, clean.of(job, samples), plan, store)
+            record["chunks"] = [*record["chunks"], done]
+            if len(record["chunks"]) == len(job.chunks(plan.chunk)):
+                record["state"] = "finished"
+            store.write_record(record)
+            Heartbeat(store.heartbeat_path(index)).end()
+        yield _Chunk(len(samples), index in finished)
+
+
+def _run_chunk(
+    job: Job, index: int, samples: range, prediction: Tensor, plan: Plan, store: CellStore
+) -> dict[str, Any]:
+    """Attacks one chunk, judges and stores it; returns its record."""
+    cell, target = job.cell, job.target
+    batch = _batch(job, samples, prediction)
+    threat = replace(cell.threat, bounds=target.bounds)
+    heartbeat = Heartbeat(store.heartbeat_path(index))
+    if heartbeat.begin():
+        outcome = _attack(job, batch, threat, heartbeat)
+    else:
+        outcome = Outcome(error="killed twice at the same point (out of memory, or a crash in native code?)")
+    target.reset(cell.seed)
+    with seeded_globals(cell.seed):
+        rows = verify(target, job.norm, threat, batch, outcome, plan.batch_size)
+    store.write_rows(index, rows)
+    if outcome.trace:
+        store.write_text(f"traceback-{index:05d}.txt", outcome.trace)
+    _keep_images(plan.keep, index, batch, rows, outcome, store)
+    return {
+        "index": index,
+        "samples": len(samples),
+        "seconds": round(outcome.seconds, 6),
+        "forwards": outcome.forwards,
+        "backwards": outcome.backwards,
+        "notes": outcome.notes,
+    }
+
+
+def _batch(job: Job, samples: range, prediction: Tensor) -> Batch:
+    device = job.target.device
+    x = job.dataset.x[samples.start : samples.stop].to(device=device, dtype=job.target.dtype)
+    y = job.dataset.y[samples.start : samples.stop].to(device)
+    goal = goals(job, list(samples), x, y) if job.cell.threat.targeted else None
+    return Batch(list(samples), x, y, goal, prediction.to(device))
+
+
+def _attack(job: Job, batch: Batch, threat: ThreatModel, heartbeat: Heartbeat) -> Outcome:
+    attacked = batch.attacked
+    if not bool(attacked.any()):
+        return Outcome()
+    ids = [sample for sample, wanted in zip(batch.ids, attacked.tolist(), strict=True) if wanted]
+    cell = job.cell
+    return run_guarded(
+        Assignment(
+            attack=registry().attack(cell.spec.name, **cell.params),
+            target=job.target,
+            norm=job.norm,
+            threat=threat,
+            x=batch.x[attacked],
+            y=batch.y[attacked],
+            y_goal=None if batch.y_goal is None else batch.y_goal[attacked],
+            rng=Rng(cell.seed, ids),
+            timeout_s=cell.timeout_s,
+            beat=heartbeat.beat,
+        )
+    )
+
+
+def _keep_images(
+    keep: str, index: int, batch: Batch, rows: list[SampleResult], outcome: Outcome, store: CellStore
+) -> None:
+    """Stores adversarial images: all, or a few of the first chunk with the broken ones first."""
+    x_adv = getattr(outcome.perturbed, "x_adv", None)
+    judged = [row for row in rows if row.status in ("broken", "robust")]
+    if not judged or not isinstance(x_adv, Tensor) or keep == "none" or (keep == "examples" and index > 0):
+        return
+    if keep == "examples":
+        judged = sorted(judged, key=lambda row: row.status != "broken")[:EXAMPLES]
+    place = {batch.ids[i]: k for k, i in enumerate(batch.attacked.nonzero().flatten().tolist())}
+    rows_of = [place[row.sample] for row in judged]
+    arrays = {
+        "sample": np.array([row.sample for row in judged], dtype=np.int64),
+        "x": batch.x[batch.attacked][rows_of].float().cpu().numpy(),
+        "x_adv": x_adv.detach()[rows_of].float().cpu().numpy(),
+    }
+    if keep == "all":
+        store.write_arrays(f"adversarials-{index:05d}.safetensors", arrays)
+    if index == 0:
+        store.write_arrays("examples.safetensors", {name: array[:EXAMPLES] for name, array in arrays.items()})
+
+
+@contextmanager
+def _polite_interrupt(path: Path) -> Iterator[Any]:
+    """The first Ctrl-C lets the chunk under way finish; the second stops at once."""
+    asked = False
+
+    def remember(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise Interrupted(path)
+        asked = True
+        print("\nstopping after this chunk is stored; Ctrl-C again stops now", file=sys.stderr)
+
+    def stop() -> None:
+        if asked:
+            raise Interrupted(path)
+
+    try:
+        old = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not in the main thread: Ctrl-C is the caller's
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -1,0 +1,188 @@
+"""Reading a run directory back. Nothing here imports torch, and nothing here runs what a plan names."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robplug.errors import StoreError
+from robplug.referee.store import SCHEMA, SCHEMA_VERSION
+
+KEY = re.compile(r"[0-9a-f]{16,64}")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A radius at which a cell is read.
+
+    Attributes:
+        eps: the radius, or None where any distance counts.
+        allowed: largest distance that counts as inside.
+    """
+
+    eps: float | None
+    allowed: float
+
+
+@dataclass(frozen=True)
+class StoredCell:
+    """One cell as it lies on disk.
+
+    Attributes:
+        path: its directory.
+        record: content of cell.json.
+        table: the rows of its finished chunks.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    table: pa.Table
+
+    @property
+    def minimal(self) -> bool:
+        """Whether the attack looked for the smallest distance."""
+        return bool(self.record["budget"] == "minimal")
+
+    @property
+    def targeted(self) -> bool:
+        """Whether a given class was to be reached."""
+        return bool(self.record["threat"]["targeted"])
+
+    @property
+    def expected(self) -> int:
+        """Number of samples that the finished cell has."""
+        return int(self.record["samples"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk is there."""
+        return bool(self.record["state"] == "finished")
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """The radii of the plan at which it is read; the one reading without a radius if the plan has none for it."""
+        found = tuple(Reading(float(one["eps"]), float(one["allowed"])) for one in self.record["readings"])
+        return found or (Reading(None, float("inf")),)
+
+    @cached_property
+    def sample(self) -> np.ndarray[Any, Any]:
+        """(N,) indices in the data set."""
+        return self.column("sample")
+
+    @cached_property
+    def status(self) -> np.ndarray[Any, Any]:
+        """(N,) statuses as stored."""
+        return np.array(self.table["status"].to_pylist(), dtype="U13")
+
+    @cached_property
+    def distance(self) -> np.ndarray[Any, Any]:
+        """(N,) float64 distances."""
+        return self.column("distance")
+
+    @cached_property
+    def claim(self) -> np.ndarray[Any, Any]:
+        """(N,) int8: 1 claimed, 0 not claimed, -1 no claim made."""
+        return np.array([-1 if value is None else int(value) for value in self.table["claim"].to_pylist()], np.int8)
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """Returns a column without nulls."""
+        return self.table[name].to_numpy()  # type: ignore[no-any-return]
+
+    def broken(self, reading: Reading) -> np.ndarray[Any, Any]:
+        """(N,) bool: a valid adversarial example within the radius is at hand.
+
+        The verdict on a fixed-budget attack stands at its own radius; elsewhere the measured distance decides.
+        """
+        found: np.ndarray[Any, Any] = self.status == "broken"
+        own = not self.minimal and reading.eps == self.record["threat"]["eps"]
+        return found if own else found & (self.distance <= reading.allowed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        path: of the directory.
+        record: content of run.json.
+        cells: those of the plan that have begun, in its order.
+        not_begun: number of cells of the plan that have not.
+        left_aside: number of cells in the directory that are not of the plan as it was last run.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    cells: tuple[StoredCell, ...]
+    not_begun: int
+    left_aside: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether every cell has all its rows."""
+        return self.not_begun == 0 and all(cell.finished for cell in self.cells)
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads a run directory, finished or not.
+
+    Raises:
+        StoreError: it is no run directory, is damaged, or was written by a newer robplug.
+    """
+    root = Path(path)
+    if not (root / "run.json").is_file():
+        raise StoreError(root, "has no run.json; expected a run directory, such as the --out of `robplug run`")
+    record = _read_json(root / "run.json")
+    there = {folder.name: folder for folder in (root / "cells").glob("*") if (folder / "cell.json").is_file()}
+    # cells of an older plan stay on disk for reuse; run.json names those of the present one
+    planned = [_folder_name(root, key) for key in record["cells"]] if "cells" in record else sorted(there)
+    cells = [_load_cell(there[name]) for name in planned if name in there]
+    return Run(
+        root,
+        record,
+        tuple(sorted(cells, key=lambda cell: int(cell.record["index"]))),
+        not_begun=sum(name not in there for name in planned),
+        left_aside=len(set(there) - set(planned)),
+    )
+
+
+def _folder_name(root: Path, key: Any) -> str:
+    if not (isinstance(key, str) and KEY.fullmatch(key)):
+        raise StoreError(root / "run.json", f"expected keys of cells in hexadecimal digits, got {key!r}")
+    return key[:16]
+
+
+def _load_cell(folder: Path) -> StoredCell:
+    record = _read_json(folder / "cell.json")
+    parts = [_read_rows(folder / f"samples-{int(chunk['index']):05d}.parquet") for chunk in record["chunks"]]
+    table = pa.concat_tables(parts).sort_by("sample") if parts else SCHEMA.empty_table()
+    samples = table["sample"].to_numpy()
+    if len(np.unique(samples)) < len(samples):
+        raise StoreError(folder, "holds a sample twice; remove it to run this cell again")
+    return StoredCell(folder, record, table)
+
+
+def _read_rows(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, partitioning=None).select(SCHEMA.names).cast(SCHEMA)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        problem = f"is missing or damaged ({str(error).splitlines()[0]})"
+        raise StoreError(path, f"{problem}; remove {path.parent} to run this cell again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(path, f"is damaged ({error}); remove {path.parent} to run it again") from None
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise StoreError(path, f"has schema_version {version}, and this robplug reads {SCHEMA_VERSION}; upgrade robplug")
+    return content  # type: ignore[no-any-return]

@@ -1,0 +1,186 @@
+"""Judging what an attack returned: nothing is taken from it but x_adv and witness, and all is measured again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robplug.norms import Norm
+from robplug.referee.guard import Outcome
+from robplug.targets import Target, evaluation_mode
+from robplug.types import SampleResult, Status, ThreatModel
+
+BOX_TOLERANCE = 2.0**-23
+"""One unit in the last place of float32 at the larger bound: what scaling to other bounds and back may add."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A chunk of samples as the referee knows them.
+
+    Attributes:
+        ids: indices in the data set.
+        x: clean samples.
+        y: (N,) true labels.
+        y_goal: (N,) goals, or None.
+        prediction: (N,) the model's classes for x.
+    """
+
+    ids: list[int]
+    x: Tensor
+    y: Tensor
+    y_goal: Tensor | None
+    prediction: Tensor
+
+    @property
+    def attacked(self) -> Tensor:
+        """(N,) bool: the samples worth attacking, which are those classified correctly."""
+        return self.prediction == self.y
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Measurements of the attacked samples, one entry a sample."""
+
+    prediction: Tensor
+    distance: Tensor
+    fault: list[str]
+
+
+def predict(target: Target, x: Tensor, batch_size: int) -> Tensor:
+    """Returns the classes of x in eval mode, batch by batch."""
+    with evaluation_mode(target.module):
+        parts = [target.predict(part) for part in x.split(batch_size)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
+
+
+def verify(
+    target: Target, norm: Norm, threat: ThreatModel, batch: Batch, outcome: Outcome, batch_size: int
+) -> list[SampleResult]:
+    """Returns a row for each sample of a chunk.
+
+    Args:
+        target: the real model, not the shell that the attack saw.
+        norm: of the threat.
+        threat: with the target's bounds.
+        batch: the chunk.
+        outcome: what the guard brought back for ``batch.attacked``.
+        batch_size: samples per forward pass.
+    """
+    attacked = batch.attacked
+    x = batch.x[attacked]
+    judged = None if outcome.error or not len(x) else _judge(target, norm, threat, x, outcome, batch_size)
+    place = (attacked.cumsum(0) - 1).tolist()
+    rows = []
+    for i, sample in enumerate(batch.ids):
+        goal = -1 if batch.y_goal is None else int(batch.y_goal[i])
+        base = {"sample": sample, "y": int(batch.y[i]), "y_goal": goal, "prediction": int(batch.prediction[i])}
+        if not bool(attacked[i]):
+            rows.append(_row(base, "misclassified"))
+        elif judged is None:
+            rows.append(_row(base, "error", note=outcome.error))
+        else:
+            rows.append(_verdict(base, place[i], judged, norm, threat, x, outcome))
+    return rows
+
+
+def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: Outcome, batch_size: int) -> _Judged:
+    """Measures prediction and distance of every sample that can be measured, and says why of the others."""
+    count = len(x)
+    prediction = torch.full((count,), -1, dtype=torch.int64)
+    distance = torch.full((count,), float("nan"), dtype=torch.float64)
+    x_adv = getattr(outcome.perturbed, "x_adv", None)
+    fault = _fault_of_batch(x_adv, x)
+    if fault:
+        return _Judged(prediction, distance, [fault] * count)
+    assert outcome.perturbed is not None and isinstance(x_adv, Tensor)  # _fault_of_batch has looked
+    x_adv = x_adv.detach().to(x.device)
+    faults = _faults(x_adv, threat.bounds)
+    finite = x_adv.flatten(1).isfinite().all(1)
+    if bool(finite.any()):
+        witness = outcome.perturbed.witness
+        prediction[finite.cpu()] = predict(target, x_adv[finite], batch_size).cpu()
+        measured = norm.distance(x[finite], x_adv[finite], None if witness is None else witness[finite])
+        distance[finite.cpu()] = measured.cpu()
+    return _Judged(prediction, distance, faults)
+
+
+def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
+    if not isinstance(x_adv, Tensor):
+        return f"returned {type(x_adv).__name__} instead of a tensor"
+    if x_adv.shape != x.shape:
+        return f"returned shape {tuple(x_adv.shape)} instead of {tuple(x.shape)}"
+    if x_adv.dtype != x.dtype:
+        return f"returned dtype {x_adv.dtype} instead of {x.dtype}"
+    return ""
+
+
+def _faults(x_adv: Tensor, bounds: tuple[float, float]) -> list[str]:
+    slack = BOX_TOLERANCE * max(abs(bounds[0]), abs(bounds[1]))
+    flat = x_adv.flatten(1).double()
+    finite = flat.isfinite().all(1).tolist()
+    low, high = flat.amin(1).tolist(), flat.amax(1).tolist()
+    return [
+        "is not finite"
+        if not is_finite
+        else f"leaves the bounds {bounds}: values from {lowest:.9g} to {highest:.9g}"
+        if lowest < bounds[0] - slack or highest > bounds[1] + slack
+        else ""
+        for is_finite, lowest, highest in zip(finite, low, high, strict=True)
+    ]
+
+
+def _verdict(
+    base: dict[str, int], i: int, judged: _Judged, norm: Norm, threat: ThreatModel, x: Tensor, outcome: Outcome
+) -> SampleResult:
+    distance = float(judged.distance[i])
+    fault, excess = judged.fault[i], 0.0
+    if not fault and threat.eps is not None:
+        allowed = norm.allowed(threat.eps, x[0].numel(), threat.bounds)
+        if not distance <= allowed:
+            excess = distance - allowed
+            fault = f"leaves the ball: {threat.norm} distance {distance:.9g} > {allowed:.9g}"
+    elif not fault and not distance < float("inf"):
+        fault = f"has no finite {threat.norm} distance"
+    prediction_adv = int(judged.prediction[i])
+    reached = prediction_adv == base["y_goal"] if threat.targeted else prediction_adv != base["y"]
+    status: Status = "invalid" if fault else "broken" if reached else "robust"
+    claim = _claim(outcome, i)
+    silent = status == "robust" and outcome.silent is not None and bool(outcome.silent[i])
+    alone = outcome.perturbed is not None and len(x) == 1  # only then do the counts belong to one sample
+    return _row(
+        base,
+        status,
+        prediction_adv=prediction_adv,
+        distance=distance,
+        excess=excess,
+        claim=claim,
+        silent=silent,
+        forwards=outcome.forwards if alone else None,
+        backwards=outcome.backwards if alone else None,
+        note=fault,
+    )
+
+
+def _claim(outcome: Outcome, i: int) -> bool | None:
+    claim = None if outcome.perturbed is None else outcome.perturbed.claim
+    usable = isinstance(claim, Tensor) and claim.dim() == 1 and len(claim) > i
+    return bool(claim[i]) if usable and claim is not None else None
+
+
+def _row(base: dict[str, int], status: Status, **values: Any) -> SampleResult:
+    columns: dict[str, Any] = {
+        **base,
+        "prediction_adv": -1,
+        "distance": float("nan"),
+        "excess": 0.0,
+        "claim": None,
+        "silent": False,
+        "forwards": None,
+        "backwards": None,
+        "note": "",
+    }
+    return SampleResult(status=status, **{**columns, **values})

@@ -1,0 +1,104 @@
+"""Random numbers that a sample's neighbours cannot change.
+
+Each sample has a counter-based stream of its own: numpy's Philox, keyed by (seed, sample id) with the restart in
+the highest counter word. Draws are made on the CPU and moved, so they are the same on every device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from robplug.errors import InputError
+
+_U64 = 1 << 64
+
+
+class Rng:
+    """A stream per sample.
+
+    Args:
+        seed: seed shared by all samples.
+        ids: one non-negative number per sample; the stream depends on it and on nothing else of the batch.
+        restart: number of the restart; each has fresh streams.
+
+    Example:
+        >>> import torch
+        >>> like = torch.empty(())
+        >>> alone = Rng(0, [7]).uniform((2,), like=like)
+        >>> company = Rng(0, [3, 7]).uniform((2,), like=like)
+        >>> bool((alone[0] == company[1]).all())
+        True
+    """
+
+    def __init__(self, seed: int, ids: Sequence[int] | range, restart: int = 0) -> None:
+        if seed < 0 or any(i < 0 for i in ids):
+            raise InputError("seed >= 0 and sample ids >= 0", (seed, list(ids)))
+        self.seed = seed
+        self.ids = tuple(int(i) for i in ids)
+        self.restart = restart
+        self._calls = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @functools.cached_property
+    def _streams(self) -> list[np.random.Generator]:
+        counter = [0, 0, 0, self.restart]
+        key = self.seed % _U64
+        return [np.random.Generator(np.random.Philox(key=[key, i], counter=counter)) for i in self.ids]
+
+    def select(self, keep: torch.Tensor) -> Rng:
+        """Returns the streams of some samples, which go on where they are.
+
+        Args:
+            keep: (N,) bool.
+        """
+        rows = keep.nonzero().flatten().tolist()
+        part = Rng(self.seed, [self.ids[row] for row in rows], self.restart)
+        part.__dict__["_streams"] = [self._streams[row] for row in rows]
+        return part
+
+    def at_restart(self, restart: int) -> Rng:
+        """Returns fresh streams for another restart."""
+        return Rng(self.seed, self.ids, restart)
+
+    def next_call(self, count: int) -> Rng:
+        """Returns fresh streams for a batch of ``count`` samples; each call's differ from all earlier ones.
+
+        For exports, which are called again and again on batches whose samples have no known ids.
+        """
+        self._calls += 1
+        seed = int(np.random.SeedSequence([self.seed, self._calls]).generate_state(1, np.uint64)[0])
+        return Rng(seed, range(count))
+
+    def batch_seed(self) -> int:
+        """Returns a seed for code that knows only global generators; it depends on the seed and all the ids."""
+        entropy = [self.seed, self.restart, *self.ids]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, *, like: torch.Tensor) -> torch.Tensor:
+        """Draws (N, *shape) from [low, high), with dtype and device of ``like``."""
+        unit = self._draw(lambda stream: stream.random(tuple(shape), dtype=np.float64), shape, like)
+        return unit.mul_(high - low).add_(low)
+
+    def normal(self, shape: Sequence[int], *, like: torch.Tensor) -> torch.Tensor:
+        """Draws (N, *shape) from the standard normal distribution."""
+        return self._draw(lambda stream: stream.standard_normal(tuple(shape)), shape, like)
+
+    def exponential(self, shape: Sequence[int], *, like: torch.Tensor) -> torch.Tensor:
+        """Draws (N, *shape) from the exponential distribution of mean 1."""
+        return self._draw(lambda stream: stream.standard_exponential(tuple(shape)), shape, like)
+
+    def integers(self, high: int, shape: Sequence[int] = (), *, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Draws (N, *shape) int64 from {0, ..., high - 1}."""
+        draws = [np.asarray(stream.integers(high, size=tuple(shape))) for stream in self._streams]
+        array = np.stack(draws) if draws else np.zeros((0, *shape), dtype=np.int64)
+        return torch.from_numpy(array).to(device)
+
+    def _draw(self, draw, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        array = np.stack([draw(s) for s in self._streams]) if self.ids else np.zeros((0, *shape))
+        return torch.from_numpy(array).to(device=like.device, dtype=like.dtype)

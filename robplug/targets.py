@@ -1,0 +1,213 @@
+"""The model under attack."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robplug.errors import InputError
+from robplug.types import Task
+
+OFFERS = ("labels", "scores", "gradients")
+"""What a model can be asked for; each includes those before it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model under attack: what attacks and referee need to know of it.
+
+    Attributes:
+        module: maps samples inside ``bounds`` to logits, (N, ...) to (N, C); attack libraries get this module.
+        bounds: smallest and largest value of a sample.
+        classes: number of classes, or None if it is only known after a forward pass.
+        offers: ``"gradients"``, ``"scores"`` (no gradient exists) or ``"labels"`` (logits are one-hot).
+        task: what the model does.
+        stochastic: whether two calls may differ.
+        eot: number of draws whose logits an attack sees averaged (expectation over transformation).
+        draws: number of draws whose mean probabilities give the verdict.
+    """
+
+    module: nn.Module
+    bounds: tuple[float, float] = (0.0, 1.0)
+    classes: int | None = None
+    offers: str = "gradients"
+    task: Task = "classification"
+    stochastic: bool = False
+    eot: int = 1
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        low, high = (float(value) for value in self.bounds)
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InputError("bounds (low, high) with low < high", self.bounds)
+        object.__setattr__(self, "bounds", (low, high))
+        if self.offers not in OFFERS:
+            raise InputError(f"offers to be one of {', '.join(OFFERS)}", repr(self.offers))
+        for name in ("eot", "draws"):
+            count = getattr(self, name)
+            if count < 1:
+                raise InputError(f"{name} >= 1", count)
+            if count > 1 and not self.stochastic:
+                raise InputError(f"{name} = 1 for a deterministic target", count, "pass stochastic=True")
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Returns the logits, (N, C), differentiable if the target offers gradients."""
+        return self.module(x)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Returns the predicted classes, (N,) int64: the largest mean probability over ``draws`` draws."""
+        if self.draws == 1:
+            return self.logits(x).argmax(1)
+        mean = torch.stack([self.logits(x).softmax(1) for _ in range(self.draws)]).mean(0)
+        return mean.argmax(1)
+
+    def reset(self, seed: int) -> None:
+        """Calls ``reset(seed)`` of every submodule that has it, so that a stochastic model starts over."""
+        for module in self.module.modules():
+            reset = getattr(module, "reset", None)
+            if callable(reset):
+                reset(seed)
+
+    def for_attack(self) -> Target:
+        """Returns the target as an attack sees it: logits averaged over ``eot`` draws."""
+        return self if self.eot == 1 else dataclasses.replace(self, module=_Averaged(self.module, self.eot), eot=1)
+
+    def count_classes(self, x: Tensor) -> int:
+        """Returns the number of classes, by a forward pass of one sample if it is not known."""
+        if self.classes is not None:
+            return self.classes
+        if len(x) == 0:
+            raise InputError("a sample to count the classes with", "an empty batch", "pass classes= to robplug.target")
+        with torch.no_grad(), evaluation_mode(self.module):
+            return self.logits(x[:1]).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters (the CPU if there are none)."""
+        tensor = self._first_tensor()
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype of the parameters (float32 if there are none)."""
+        tensor = self._first_tensor()
+        return torch.float32 if tensor is None else tensor.dtype
+
+    def _first_tensor(self) -> Tensor | None:
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+
+
+class _Averaged(nn.Module):
+    """The mean of the logits over several draws."""
+
+    def __init__(self, module: nn.Module, draws: int) -> None:
+        super().__init__()
+        self.module = module
+        self.draws = draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.module(x) for _ in range(self.draws)]).mean(0)
+
+
+class _Substitute(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, differentiable: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+class _Defended(nn.Module):
+    """A model behind a transformation of its input whose gradient is that of a substitute (BPDA)."""
+
+    def __init__(self, model: nn.Module, transform: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.model = model
+        self.transform = transform
+        self.backward_approximation = backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            value = self.transform(x)
+        value = _Substitute.apply(value, self.backward_approximation(x))  # type: ignore[no-untyped-call]
+        return self.model(value)  # type: ignore[no-any-return]
+
+
+class _Chain(nn.Module):
+    """A model behind a transformation of its input."""
+
+    def __init__(self, model: nn.Module, transform: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(self.transform(x))  # type: ignore[no-any-return]
+
+
+def from_module(
+    model: nn.Module,
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    classes: int | None = None,
+    offers: str = "gradients",
+    transform: Callable[[Tensor], Tensor] | None = None,
+    backward: Callable[[Tensor], Tensor] | str | None = None,
+    stochastic: bool = False,
+    eot: int = 1,
+    draws: int = 1,
+) -> Target:
+    """Makes a Target of an nn.Module that maps samples inside ``bounds`` to logits.
+
+    Args:
+        model: the network; neither its mode nor anything else of it is changed.
+        bounds: smallest and largest value of a sample.
+        classes: number of classes, if known.
+        offers: ``"gradients"``, ``"scores"`` or ``"labels"``.
+        transform: a test-time defence in front of the network, samples to samples.
+        backward: what the gradient of ``transform`` is taken from (BPDA; Athalye et al. 2018, section 4.1):
+            ``"identity"``, or a differentiable function samples to samples. Values are always the transform's own.
+        stochastic: whether two calls may differ; global random numbers are seeded around each use by the referee, a
+            module with its own generator has ``reset(seed)``.
+        eot: draws averaged for an attack.
+        draws: draws averaged for a verdict.
+
+    Raises:
+        InputError: options that contradict each other.
+    """
+    if backward is not None and transform is None:
+        raise InputError("a transform whose gradient is to be replaced", "backward without transform")
+    module = model
+    if transform is not None and backward is None:
+        module = _Chain(model, transform)
+    elif transform is not None:
+        if isinstance(backward, str) and backward != "identity":
+            raise InputError('backward to be "identity" or a function', repr(backward))
+        substitute = backward if callable(backward) else (lambda x: x)
+        module = _Defended(model, transform, substitute)
+    return Target(module, bounds, classes, offers, "classification", stochastic, eot, draws)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode and gives every submodule its own mode back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

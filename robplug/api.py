@@ -174,7 +174,7 @@ def evaluate(plan: Mapping[str, Any] | str | Path, out: str | Path | None = None
     """
     from robplug.referee.run import run_plan
 
-    return run_plan(plan, out=out)
+    return run_plan(plan, registry(), out=out)
 
 
 def train(model: nn.Module, dataset: Dataset, defenses: Any = (), **options: Any) -> nn.Module:

@@ -97,7 +97,7 @@ def run(
 
     try:
         with _Bar() as bar:
-            results = run_plan(plan, out=out_dir, progress=bar)
+            results = run_plan(plan, registry(), out=out_dir, progress=bar)
     except Interrupted as stop:
         err.print(f"stopped; finished chunks are in {stop.path}. To go on:\n  {_command()}", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -115,7 +115,7 @@ def _dry_run(plan: Path, out_dir: Path | None) -> None:
     from robplug.referee.outlook import outlook
 
     table = Table("cell", "target", "attack", "mode", "threat", "samples", "done", "forward", "backward")
-    rows = outlook(plan, out_dir)
+    rows = outlook(plan, registry(), out_dir)
     for row in rows:
         table.add_row(*row.columns())
     out.print(table)

@@ -182,7 +182,7 @@ def run_guarded(job: Assignment) -> Outcome:
             _call(job, shell, outcome)
         finally:
             outcome.seconds = time.perf_counter() - start
-            outcome.notes = [f"changed {what}" for what in before.restore()]
+            outcome.notes += [f"changed {what}" for what in before.restore()]
             if global_numbers() != numbers:
                 outcome.notes.append("used or reseeded the global random numbers")
             for parameter in frozen:

@@ -16,6 +16,7 @@ from robplug.referee.plan import DatasetEntry, Plan, TargetEntry
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.targets import Target
+from robplug.types import Attack
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Job:
         cell: what is to be done.
         key: where it is stored.
         identity: digests and versions.
+        attack: ready to be run.
         target: the model.
         dataset: the data.
         norm: of the threat.
@@ -34,6 +36,7 @@ class Job:
     cell: Cell
     key: str
     identity: Identity
+    attack: Attack
     target: Target
     dataset: Dataset
     norm: Norm
@@ -69,8 +72,8 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
             raise PlanError(f"{where}: target {cell.target.name}", problem)
         identity = identify(target, dataset, cell.spec, registry)
         key = cell_key(cell, identity, plan.chunk, plan.batch_size)
-        registry.attack(cell.spec.name, **cell.params)  # imports the library now, not inside the first chunk
-        jobs.append(Job(cell, key, identity, target, dataset, registry.norm(cell.threat.norm)))
+        attack = registry.attack(cell.spec.name, **cell.params)
+        jobs.append(Job(cell, key, identity, attack, target, dataset, registry.norm(cell.threat.norm)))
     return jobs
 
 

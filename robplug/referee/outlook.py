@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from robplug.plugins import registry
 from robplug.referee.cells import Cell
 from robplug.referee.jobs import prepare
 from robplug.referee.plan import load_plan
 from robplug.referee.store import CellStore
+from robplug.registry import Registry
 
 STEPS = ("steps", "max_iter", "iterations", "queries", "n_queries", "iter", "draws")
 """Names of parameters that count forward passes, over all libraries."""
@@ -47,7 +47,7 @@ class Outlook:
         return (self.key[:8], cell.target.name, cell.label, cell.mode, what, *left)
 
 
-def outlook(plan: str | Path, out: str | Path | None = None) -> list[Outlook]:
+def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None) -> list[Outlook]:
     """Returns what running a plan would do; writes nothing.
 
     Raises:
@@ -55,7 +55,7 @@ def outlook(plan: str | Path, out: str | Path | None = None) -> list[Outlook]:
     """
     settings, where = load_plan(plan)
     rows = []
-    for job in prepare(settings, registry(), where):
+    for job in prepare(settings, registry, where):
         store = CellStore(Path(out or settings.out) / "cells" / job.key[:16])
         record = store.record() or {"chunks": []}
         done = sum(chunk["samples"] for chunk in record["chunks"])

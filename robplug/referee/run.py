@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor
 
 from robplug.isolation import seeded_globals
-from robplug.plugins import registry
 from robplug.referee.guard import Assignment, Outcome, run_guarded
 from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job, goals, prepare
@@ -23,6 +22,7 @@ from robplug.referee.records import cell_record, provenance
 from robplug.referee.results import Results
 from robplug.referee.store import CellStore, Store
 from robplug.referee.verify import Batch, predict, verify
+from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.types import SampleResult, ThreatModel
 
@@ -61,7 +61,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_plan(
-    plan: Mapping[str, Any] | str | Path, out: str | Path | None = None, progress: Progress | None = None
+    plan: Mapping[str, Any] | str | Path,
+    registry: Registry,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Results:
     """Runs a plan, or what is left of it; see `robplug.evaluate`.
 
@@ -74,7 +77,7 @@ def run_plan(
     store = Store(out or settings.out)
     hear = progress or _Silent()
     with store.locked(), _polite_interrupt(store.path) as stop:
-        jobs = prepare(settings, registry(), where)
+        jobs = prepare(settings, registry, where)
         store.write_run(provenance(settings, where))
         hear.begin(sum(len(job.dataset) for job in jobs))
         clean = CleanPredictions(settings.batch_size)
@@ -174,7 +177,7 @@ def _attack(job: Job, batch: Batch, threat: ThreatModel, heartbeat: Heartbeat) -
     cell = job.cell
     return run_guarded(
         Assignment(
-            attack=registry().attack(cell.spec.name, **cell.params),
+            attack=job.attack,
             target=job.target,
             norm=job.norm,
             threat=threat,

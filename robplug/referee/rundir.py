@@ -139,7 +139,7 @@ def load_run(path: str | Path) -> Run:
     root = Path(path)
     if not (root / "run.json").is_file():
         raise StoreError(root, "has no run.json; expected a run directory, such as the --out of `robplug run`")
-    record = _read_json(root / "run.json")
+    record = _read_json(root / "run.json", "run the plan again to have it written anew; finished work is kept")
     there = {folder.name: folder for folder in (root / "cells").glob("*") if (folder / "cell.json").is_file()}
     # cells of an older plan stay on disk for reuse; run.json names those of the present one
     planned = [_folder_name(root, key) for key in record["cells"]] if "cells" in record else sorted(there)
@@ -160,7 +160,7 @@ def _folder_name(root: Path, key: Any) -> str:
 
 
 def _load_cell(folder: Path) -> StoredCell:
-    record = _read_json(folder / "cell.json")
+    record = _read_json(folder / "cell.json", f"remove {folder} to run this cell again")
     parts = [_read_rows(folder / f"samples-{int(chunk['index']):05d}.parquet") for chunk in record["chunks"]]
     table = pa.concat_tables(parts).sort_by("sample") if parts else SCHEMA.empty_table()
     samples = table["sample"].to_numpy()
@@ -177,12 +177,14 @@ def _read_rows(path: Path) -> pa.Table:
         raise StoreError(path, f"{problem}; remove {path.parent} to run this cell again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(path, f"is damaged ({error}); remove {path.parent} to run it again") from None
+        raise StoreError(path, f"is damaged ({error}); {remedy}") from None
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise StoreError(path, f"has schema_version {version}, and this robplug reads {SCHEMA_VERSION}; upgrade robplug")
+        raise StoreError(
+            path, f"has schema_version {version}, and this robplug reads {SCHEMA_VERSION}; upgrade robplug"
+        )
     return content  # type: ignore[no-any-return]

@@ -1,0 +1,157 @@
+"""The attacks of Foolbox, run on a robplug target.
+
+What is returned is what Foolbox gives as the answer at a radius: for a fixed budget the sample clipped to the ball
+(its ``clipped``), for a minimal one the sample as found. The claim is Foolbox's ``is_adv``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import foolbox
+import torch
+from foolbox.attacks import LinearSearchBlendedUniformNoiseAttack, SaltAndPepperNoiseAttack
+from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
+from torch import Tensor
+
+from robplug.adapters.common import ForeignAttack, make_attack_class
+from robplug.attacks import radius
+from robplug.errors import ThreatError
+from robplug.inputs import check_batch
+from robplug.isolation import ModuleState, seeded_globals
+from robplug.targets import Target, evaluation_mode
+from robplug.types import Perturbed, ThreatModel
+
+if TYPE_CHECKING:
+    from robplug.rng import Rng
+
+DISTANCES = {
+    "linf": foolbox.distances.linf,
+    "l2": foolbox.distances.l2,
+    "l1": foolbox.distances.l1,
+    "l0": foolbox.distances.l0,
+}
+STARTS = {
+    "BoundaryAttack": functools.partial(LinearSearchBlendedUniformNoiseAttack, steps=50),
+    "HopSkipJumpAttack": functools.partial(LinearSearchBlendedUniformNoiseAttack, steps=50),
+    "PointwiseAttack": SaltAndPepperNoiseAttack,
+}
+"""The library's own way to a starting point; it gives up the whole batch when it finds none for one sample."""
+UNIT_BOX = frozenset({"HopSkipJumpAttack", "GenAttack"})
+"""Classes that clip to [0, 1] whatever the model's bounds."""
+ONE_BY_ONE = frozenset({"HopSkipJumpAttack"})
+"""Classes in which a sample's step depends on its neighbours (a norm is taken over the whole batch)."""
+
+
+class FoolboxAttack(ForeignAttack):
+    """Base of the classes made from the catalogue."""
+
+    def run(
+        self,
+        target: Target,
+        x: Tensor,
+        y: Tensor | None,
+        threat: ThreatModel,
+        rng: Rng,
+        *,
+        y_goal: Tensor | None = None,
+    ) -> Perturbed:
+        """Attacks a batch; see `robplug.types.Attack.run`."""
+        self._check(threat)
+        labels = check_batch(target, x, y, threat, y_goal)
+        if len(x) == 0:
+            return Perturbed(x.clone())
+        rows = torch.eye(len(x), dtype=torch.bool) if self._name in ONE_BY_ONE else torch.ones(1, len(x)).bool()
+        before = ModuleState(target.module)
+        try:
+            with evaluation_mode(target.module):
+                parts = [self._attack(target, x[row], labels[row], threat, rng.select(row)) for row in rows]
+        finally:
+            before.restore()
+        return Perturbed(torch.cat([part for part, _ in parts]), None, torch.cat([claim for _, claim in parts]))
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _check(self, threat: ThreatModel) -> None:
+        name = self.entry["name"]
+        if threat.norm not in self.entry["norms"]:
+            raise ThreatError(f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}")
+        if not self.entry["targeted" if threat.targeted else "untargeted"]:
+            raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
+
+    def _attack(
+        self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Returns x_adv and the claim."""
+        model = foolbox.PyTorchModel(target.module, bounds=threat.bounds, device=x.device)
+        eps = radius(threat) if self.entry["budget"] == "fixed" else None
+        clean = x
+        if self._name in UNIT_BOX:
+            model = model.transform_bounds((0, 1))
+            clean, eps = _to_unit(x, threat.bounds), eps and _unit_eps(eps, threat.bounds)
+        with seeded_globals(rng.batch_seed()):
+            raw, found, claim = self._call(model, clean, labels, threat.targeted, eps, threat.norm)
+        found = _no_rounding_out(raw, found, model.bounds)
+        return (_from_unit(x, found, threat.bounds) if self._name in UNIT_BOX else found), claim
+
+    def _call(
+        self, model: Any, x: Tensor, labels: Tensor, targeted: bool, eps: float | None, norm: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns Foolbox's raw, clipped and is_adv."""
+        goal = TargetedMisclassification if targeted else Misclassification
+        attack = self._make(norm)
+        if self._name not in STARTS:
+            raw, found, claim = attack(model, x, goal(labels), epsilons=eps)
+            return raw, found, claim
+        start = STARTS[self._name]().run(model, x, goal(labels))
+        ready = _meets(goal(labels), model, start)
+        result = x.clone()
+        if bool(ready.any()):
+            arguments = {"epsilons": eps, "starting_points": start[ready]}
+            result[ready] = attack(model, x[ready], goal(labels[ready]), **arguments)[0]
+        return result, result, _meets(goal(labels), model, result)
+
+    def _make(self, norm: str) -> Any:
+        known = inspect.signature(self.foreign).parameters
+        decided = {"distance": DISTANCES[norm], "constraint": norm}
+        return self.foreign(**self.params(), **{key: value for key, value in decided.items() if key in known})
+
+
+def _meets(criterion: Criterion, model: Any, x: Tensor) -> Tensor:
+    result: Tensor = criterion(x, model(x))
+    return result
+
+
+def _no_rounding_out(raw: Tensor, found: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Takes back what the clipping to the ball rounds out of the box; what the attack itself put outside stays."""
+    low, high = bounds
+    return torch.where((raw >= low) & (raw <= high), found.clamp(low, high), found)
+
+
+def _to_unit(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    low, high = bounds
+    return x.clone() if bounds == (0.0, 1.0) else ((x - low) / (high - low)).clamp_(0.0, 1.0)
+
+
+def _from_unit(x: Tensor, found: Tensor, bounds: tuple[float, float]) -> Tensor:
+    if bounds == (0.0, 1.0):
+        return found
+    low, high = bounds
+    # the change is mapped and not the image: a value that was left alone stays the same to the bit
+    x_adv = x + (found - _to_unit(x, bounds)) * (high - low)
+    # only the rounding of the map is taken back: what lay outside the box before it stays outside
+    return torch.where((found >= 0) & (found <= 1), x_adv.clamp(low, high), x_adv)
+
+
+def _unit_eps(eps: float, bounds: tuple[float, float]) -> float:
+    # the library may overstep by the rounding of its last addition, at most 2 ** -25, which the map back would enlarge
+    return eps if bounds == (0.0, 1.0) else max(eps / (bounds[1] - bounds[0]) - 2.0**-25, 0.0)
+
+
+@functools.cache
+def __getattr__(name: str) -> type[Any]:
+    return make_attack_class("foolbox", name, FoolboxAttack)

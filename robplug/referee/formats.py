@@ -1,0 +1,81 @@
+"""Numbers as people read them, the same in the terminal and in the report."""
+
+from __future__ import annotations
+
+from robplug.referee.entries import Subject
+from robplug.referee.summary import Summary
+from robplug.referee.wilson import Rate
+from robplug.referee.worst import WorstCase
+
+NORMS = {"linf": "\u2113\u221e", "l2": "\u21132", "l1": "\u21131", "l0": "\u21130"}
+NONE = "\u2013"
+
+
+def percent(share: float | None) -> str:
+    """Returns such as ``41.3 %``; no digit is invented where there is no sample."""
+    return NONE if share is None else f"{100 * share:.1f}\u00a0%"
+
+
+def span(low: float, high: float) -> str:
+    """Returns such as ``38.2 – 44.5 %``."""
+    return f"{100 * low:.1f}\u2009\u2013\u2009{100 * high:.1f}\u00a0%"
+
+
+def interval(rate: Rate) -> str:
+    """Returns the interval of a rate, or a dash where there is no sample."""
+    return span(rate.low, rate.high) if rate.total else NONE
+
+
+def radius(eps: float | None) -> str:
+    """Returns such as ``0.1`` or ``8/255``: 255ths where the decimal number is long and the fraction exact."""
+    if eps is None:
+        return "any"
+    short = f"{eps:.4g}"
+    parts = eps * 255
+    if float(short) != eps and abs(parts - round(parts)) < 1e-9 * max(parts, 1):
+        return f"{round(parts)}/255"
+    return short
+
+
+def norm(name: str) -> str:
+    """Returns the sign of a norm, or its name."""
+    return NORMS.get(name, name)
+
+
+def threat(subject: Subject) -> str:
+    """Returns such as ``ℓ∞`` or ``ℓ2 targeted (next)``."""
+    goal = f" targeted ({subject.goal_rule})" if subject.targeted else ""
+    return f"{norm(subject.norm)}{goal}"
+
+
+def count(value: int) -> str:
+    """Returns a whole number with thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def seconds(value: float) -> str:
+    """Returns such as ``0.42 s`` or ``3 min 10 s``."""
+    if value < 60:
+        return f"{value:.2g}\u00a0s" if value < 10 else f"{value:.0f}\u00a0s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}\u00a0h {minutes}\u00a0min" if hours else f"{minutes}\u00a0min {rest}\u00a0s"
+
+
+def distance(value: float | None) -> str:
+    """Returns a distance with three digits."""
+    return NONE if value is None else f"{value:.3g}"
+
+
+def unfinished(summary: Summary) -> str:
+    """Says what of a run is missing."""
+    begun = len({cell.key for cell in summary.cells if not cell.finished})
+    return f"unfinished run: {begun} cells are incomplete, {summary.not_begun} have not begun"
+
+
+def unresolved(summary: Summary, case: WorstCase) -> str:
+    """Says how many samples are unresolved, and which attacks are responsible."""
+    blame = sorted((share for share in case.shares if share.unanswered), key=lambda share: -share.unanswered)
+    named = ", ".join(f"{summary.attack(share.attack).name} ({share.unanswered})" for share in blame)
+    share = percent(case.unresolved / case.samples)
+    return f"{case.unresolved} of {case.samples} samples ({share}) are unresolved: no valid answer from {named}"

@@ -1,0 +1,257 @@
+"""From the rows of a run to its numbers; see docs/results-format.md for their definitions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from robplug.referee.entries import Attack, Subject, list_attacks, list_subjects
+from robplug.referee.rundir import Reading, Run, StoredCell, load_run
+from robplug.referee.wilson import Rate, wilson
+from robplug.referee.worst import WorstCase, worst_case
+
+__all__ = ["Attack", "CellSummary", "Claim", "Cost", "Subject", "Summary", "load_run", "summarise"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the library says, beside the verdict.
+
+    Attributes:
+        kind: "claim", or "prediction alone" where the library makes none: the share whose class changed as wanted,
+            be the adversarial example valid or not.
+        rate: of success, over the samples classified correctly before.
+    """
+
+    kind: str
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a cell took, all its radii together.
+
+    Attributes:
+        forwards: rows sent forward.
+        backwards: rows sent backward.
+        seconds: inside the attack.
+    """
+
+    forwards: int
+    backwards: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """One cell read at one radius: a row of the tables.
+
+    Attributes:
+        key: of the cell.
+        subject: number of the subject.
+        attack: number of the attack.
+        eps: the radius, or None where any distance counts.
+        expected: samples that the finished cell has.
+        samples: samples that it has now.
+        misclassified: wrong before the attack.
+        robust: attacked and not broken within the radius.
+        broken: broken within the radius.
+        invalid: answered with something that breaks the rules of the threat.
+        error: not answered.
+        beyond: adversarial examples of a minimal attack outside the radius; counted as robust.
+        silent: samples for which a valid adversarial example was seen and not returned.
+        against_peers: samples on which this harmonised attack's verdict differs from most of its peers'.
+        clean: accuracy before the attack.
+        robust_accuracy: robust / samples; None where any distance counts.
+        success: broken / (samples classified correctly).
+        claim: the library's own view of that success.
+        median_distance: over the broken samples, None if there is none.
+        cost: of the cell.
+        notes: what the referee noted, with the number of times, most frequent first.
+    """
+
+    key: str
+    subject: int
+    attack: int
+    eps: float | None
+    expected: int
+    samples: int
+    misclassified: int
+    robust: int
+    broken: int
+    invalid: int
+    error: int
+    beyond: int
+    silent: int
+    against_peers: int
+    clean: Rate
+    robust_accuracy: Rate | None
+    success: Rate
+    claim: Claim
+    median_distance: float | None
+    cost: Cost
+    notes: tuple[tuple[str, int], ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has its row."""
+        return self.samples >= self.expected
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All numbers of a run.
+
+    Attributes:
+        finished: whether every cell has all its rows.
+        not_begun: cells of the plan of which there is nothing yet.
+        left_aside: cells in the directory that are not of the present plan.
+        subjects: by number.
+        attacks: by number, which starts at 1.
+        cells: one entry a cell and radius.
+        worst_cases: one entry a subject and radius.
+    """
+
+    finished: bool
+    not_begun: int
+    left_aside: int
+    subjects: tuple[Subject, ...]
+    attacks: tuple[Attack, ...]
+    cells: tuple[CellSummary, ...]
+    worst_cases: tuple[WorstCase, ...]
+
+    def attack(self, number: int) -> Attack:
+        """Returns the attack of a number."""
+        return self.attacks[number - 1]
+
+
+def summarise(run: Run) -> Summary:
+    """Computes the numbers of a run."""
+    subjects, subject_of = list_subjects(run.cells)
+    attacks, attack_of = list_attacks(run.cells)
+    cells = [
+        _cell(cell, reading, subject_of[i], attack_of[i])
+        for i, cell in enumerate(run.cells)
+        for reading in cell.readings
+    ]
+    return Summary(
+        finished=run.finished,
+        not_begun=run.not_begun,
+        left_aside=run.left_aside,
+        subjects=subjects,
+        attacks=attacks,
+        cells=_with_peers(cells, run.cells),
+        worst_cases=tuple(_worst_cases(run.cells, subject_of, attack_of, len(subjects))),
+    )
+
+
+def cells_of(run: Run, summary: Summary, subject: int) -> tuple[list[StoredCell], list[int]]:
+    """Returns the cells of a subject and the numbers of their attacks."""
+    attack_of = {cell.key: cell.attack for cell in summary.cells if cell.subject == subject}
+    cells = [cell for cell in run.cells if cell.record["key"] in attack_of]
+    return cells, [attack_of[cell.record["key"]] for cell in cells]
+
+
+def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> CellSummary:
+    broken, samples = cell.broken(reading), len(cell.sample)
+    counts = Counter(cell.status.tolist())
+    within = int(broken.sum())
+    beyond = counts["broken"] - within
+    attacked = samples - counts["misclassified"]
+    robust = counts["robust"] + beyond
+    return CellSummary(
+        key=cell.record["key"],
+        subject=subject,
+        attack=attack,
+        eps=reading.eps,
+        expected=cell.expected,
+        samples=samples,
+        misclassified=counts["misclassified"],
+        robust=robust,
+        broken=within,
+        invalid=counts["invalid"],
+        error=counts["error"],
+        beyond=beyond,
+        silent=int(cell.column("silent").sum()),
+        against_peers=0,
+        clean=wilson(attacked, samples),
+        robust_accuracy=None if reading.eps is None else wilson(robust, samples),
+        success=wilson(within, attacked),
+        claim=_claim(cell, attacked),
+        median_distance=float(np.median(cell.distance[broken])) if within else None,
+        cost=_cost(cell),
+        notes=_notes(cell),
+    )
+
+
+def _claim(cell: StoredCell, attacked: int) -> Claim:
+    was_attacked = cell.status != "misclassified"
+    if (cell.claim[was_attacked] >= 0).any():
+        return Claim("claim", wilson(int((cell.claim[was_attacked] == 1).sum()), attacked))
+    after = cell.column("prediction_adv")
+    reached = after == cell.column("y_goal") if cell.targeted else after != cell.column("y")
+    return Claim("prediction alone", wilson(int((reached & (after >= 0) & was_attacked).sum()), attacked))
+
+
+def _cost(cell: StoredCell) -> Cost:
+    chunks = cell.record["chunks"]
+    return Cost(
+        forwards=sum(int(chunk["forwards"]) for chunk in chunks),
+        backwards=sum(int(chunk["backwards"]) for chunk in chunks),
+        seconds=sum(float(chunk["seconds"]) for chunk in chunks),
+    )
+
+
+def _notes(cell: StoredCell) -> tuple[tuple[str, int], ...]:
+    notes = Counter(note for chunk in cell.record["chunks"] for note in chunk["notes"])
+    notes.update(note for note in cell.table["note"].to_pylist() if note)
+    return tuple(notes.most_common())
+
+
+def _with_peers(cells: list[CellSummary], stored: Sequence[StoredCell]) -> tuple[CellSummary, ...]:
+    """Compares harmonised attacks of one canonical name with each other, sample by sample."""
+    by_key = {cell.record["key"]: cell for cell in stored}
+    groups: dict[str, list[int]] = {}
+    for i, cell in enumerate(cells):
+        record = by_key[cell.key].record
+        if record["mode"] == "harmonised":
+            peers = [record["canonical"], record["params_passed"], record["seed"], cell.subject, cell.eps]
+            groups.setdefault(json.dumps(peers, sort_keys=True), []).append(i)
+    found = list(cells)
+    for group in groups.values():
+        verdicts = _verdicts([by_key[cells[i].key] for i in group], cells[group[0]].eps)
+        for row, i in enumerate(group):
+            others = np.delete(verdicts, row, axis=0)
+            # votes: +1 broken, -1 robust, 0 no answer; a tie of the others is nobody's fault
+            against = verdicts[row] * others.sum(axis=0) < 0
+            found[i] = replace(cells[i], against_peers=int(against.sum()))
+    return tuple(found)
+
+
+def _verdicts(cells: list[StoredCell], eps: float | None) -> np.ndarray[Any, Any]:
+    """(cells, N) int: +1 broken, -1 robust, 0 anything else."""
+    sample = np.unique(np.concatenate([cell.sample for cell in cells]))
+    verdicts = np.zeros((len(cells), len(sample)), dtype=int)
+    for row, cell in enumerate(cells):
+        reading = next(reading for reading in cell.readings if reading.eps == eps)
+        answered = np.isin(cell.status, ("robust", "broken"))
+        votes = np.where(cell.broken(reading), 1, np.where(answered, -1, 0))
+        verdicts[row, np.searchsorted(sample, cell.sample)] = votes
+    return verdicts
+
+
+def _worst_cases(
+    cells: Sequence[StoredCell], subject_of: list[int], attack_of: list[int], subjects: int
+) -> list[WorstCase]:
+    found = []
+    for subject in range(subjects):
+        mine = [i for i, of in enumerate(subject_of) if of == subject]
+        own, numbers = [cells[i] for i in mine], [attack_of[i] for i in mine]
+        radii = {reading.eps for cell in own for reading in cell.readings if reading.eps is not None}
+        found += [worst_case(own, numbers, subject, eps) for eps in sorted(radii)]
+    return found

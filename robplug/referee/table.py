@@ -1,0 +1,91 @@
+"""The table of a run in the terminal."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from robplug.referee import formats
+from robplug.referee.entries import Subject
+from robplug.referee.summary import CellSummary, Summary
+from robplug.referee.worst import WorstCase
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """A table per subject, with the worst case below; for ``print`` and for rich's ``Console.print``."""
+
+    summary: Summary
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=shutil.get_terminal_size((132, 24)).columns)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip("\n")
+
+    def __rich__(self) -> Group:
+        parts: list[Table | Text] = [] if self.summary.finished else [_unfinished(self.summary)]
+        for subject in self.summary.subjects:
+            parts.append(_table(self.summary, subject))
+            cases = [case for case in self.summary.worst_cases if case.subject == subject.number]
+            parts += [_headline(self.summary, case) for case in cases]
+        parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
+        return Group(*parts)
+
+
+def _unfinished(summary: Summary) -> Text:
+    return Text(formats.unfinished(summary), style="bold")
+
+
+def _table(summary: Summary, subject: Subject) -> Table:
+    """The table of one subject; names enter as `Text`, so that nothing in them is taken for markup."""
+    title = f"{subject.target} on {subject.dataset}, {formats.threat(subject)}"
+    table = Table(title=Text(title), title_justify="left", header_style="bold")
+    table.add_column("attack", overflow="fold")
+    for name in ("eps", "robust accuracy (95 %)", "success", "claimed", "invalid / error", "median distance"):
+        table.add_column(name, justify="right")
+    for name in ("forwards", "backwards", "time"):
+        table.add_column(name, justify="right")
+    for cell in _in_order(summary, subject):
+        table.add_row(*(Text(value) for value in _cells(summary, cell)))
+    return table
+
+
+def _cells(summary: Summary, cell: CellSummary) -> list[str]:
+    rate = cell.robust_accuracy
+    claim = formats.percent(cell.claim.rate.value) + ("" if cell.claim.kind == "claim" else " *")
+    incomplete = "" if cell.finished else f" ({cell.samples} of {cell.expected} samples)"
+    return [
+        summary.attack(cell.attack).name + incomplete,
+        formats.radius(cell.eps),
+        formats.NONE if rate is None else f"{formats.percent(rate.value)} [{formats.interval(rate)}]",
+        formats.percent(cell.success.value),
+        claim,
+        f"{cell.invalid} / {cell.error}",
+        formats.distance(cell.median_distance),
+        formats.count(cell.cost.forwards),
+        formats.count(cell.cost.backwards),
+        formats.seconds(cell.cost.seconds),
+    ]
+
+
+def _in_order(summary: Summary, subject: Subject) -> list[CellSummary]:
+    mine = [cell for cell in summary.cells if cell.subject == subject.number]
+    return sorted(mine, key=lambda cell: (cell.eps is None, cell.eps or 0.0, cell.attack))
+
+
+def _headline(summary: Summary, case: WorstCase) -> Text:
+    where = f"eps {formats.radius(case.eps)}: "
+    if case.refused:
+        return Text(f"{where}no headline: {formats.unresolved(summary, case)}", style="bold")
+    value = formats.percent(case.low.value)
+    if case.unresolved:
+        value = f"{formats.percent(case.low.value)} to {formats.percent(case.high.value)}"
+    span = formats.span(case.low.low, case.high.high)
+    text = f"{where}robust accuracy {value} [{span}], an upper bound under these attacks"
+    return Text(f"{text}; clean accuracy {formats.percent(case.clean.value)}", style="bold")

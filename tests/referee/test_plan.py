@@ -1,0 +1,116 @@
+"""Plans: what they may say, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robplug.errors import PlanError
+from robplug.plugins import registry
+from robplug.referee.cells import Cell, Identity, cell_key, expand
+from robplug.referee.plan import DatasetEntry, TargetEntry, load_plan
+from robplug.types import AttackSpec, ThreatModel
+
+PLAN: dict[str, Any] = {
+    "targets": [{"name": "mine", "make": "model.py:net"}],
+    "datasets": [{"name": "digits", "samples": 8}],
+    "threats": [{"norm": "linf", "eps": ["2/255", 0.1]}],
+    "attacks": [{"name": "robplug/pgd", "steps": 5}],
+}
+
+
+def cells(**changes: Any) -> list[Cell]:
+    plan, where = load_plan({**PLAN, **changes})
+    return expand(plan, registry(), where)
+
+
+def test_cells_are_the_product() -> None:
+    found = cells(
+        seed=[0, 1],
+        targets=[{"name": "a", "make": "m.py:a"}, {"name": "b", "make": "m.py:b"}],
+        attacks=[{"name": "robplug/pgd"}, {"name": "robplug/fgsm"}],
+    )
+    assert len(found) == 2 * 2 * 2 * 2 and [cell.index for cell in found] == list(range(16))
+    assert {cell.threat.eps for cell in found} == {2 / 255, 0.1}
+    assert found[0].params["steps"] == 20 and found[0].mode == "own"
+
+
+def test_a_canonical_attack_is_compiled_for_its_libraries() -> None:
+    found = cells(attacks=[{"name": "pgd", "steps": 7, "libraries": ["robplug"]}], threats=[{"norm": "l2", "eps": 0.5}])
+    assert [(cell.spec.name, cell.mode, cell.label) for cell in found] == [
+        ("robplug/pgd", "harmonised", "pgd · robplug")
+    ]
+    assert found[0].params["steps"] == 7 and found[0].params_passed == {"steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"thraets": []}, "thraets: unknown key; did you mean threats"),
+        (
+            {"targets": [{"nmae": "x"}]},
+            r"targets\[0\].name: is missing; targets\[0\].nmae: unknown key; did you mean name",
+        ),
+        ({"targets": []}, "targets"),
+        ({"targets": [{"name": "unknown"}]}, "no target named 'unknown'.*give make="),
+        ({"targets": [{"name": "a", "make": "m"}, {"name": "a", "make": "n"}]}, "'a' twice"),
+        ({"datasets": [{"name": "digitz"}]}, "did you mean digits"),
+        ({"datasets": [{"name": "digits", "samples": 0}]}, r"datasets\[0\].samples.*got 0"),
+        ({"threats": [{"norm": "linfty", "eps": 0.1}]}, "did you mean linf"),
+        ({"threats": [{"norm": "linf", "eps": -1}]}, r"threats\[0\].eps.*eps >= 0, got -1"),
+        ({"threats": [{"norm": "linf", "eps": "8/0"}]}, "8/0"),
+        ({"threats": [{"norm": "linf", "eps": "minimal"}]}, "robplug/pgd needs a radius"),
+        ({"threats": [{"norm": "l0", "eps": 3}]}, "robplug/pgd serves linf, l2, l1, not l0; restrict it with norms="),
+        ({"attacks": [{"name": "robplug/pdg"}]}, "did you mean robplug/pgd"),
+        ({"attacks": [{"name": "robplug/pgd", "stepz": 3}]}, r"attacks\[0\]: .*'stepz'; did you mean steps"),
+        ({"attacks": [{"name": "robplug/pgd", "norms": ["l2"]}]}, "none of .*'l2'.* is a threat"),
+        ({"attacks": [{"name": "robplug/pgd", "libraries": ["art"]}]}, "goes with a canonical name"),
+        ({"attacks": [{"name": "robplug/pgd", "mode": "harmonised"}]}, "canonical name with mode"),
+        ({"attacks": [{"name": "robplug/pgd", "mode": "as-shipped", "steps": 3}]}, "no parameters with mode"),
+        ({"attacks": [{"name": "robplug/pgd", "mode": "fair"}]}, r"attacks\[0\].mode"),
+        ({"attacks": [{"name": "pgdd"}]}, "did you mean pgd"),
+        ({"attacks": [{"name": "pgd", "libraries": ["cleverhans"]}]}, "cleverhans"),
+        ({"attacks": [{"name": "pgd", "stepz": 1, "libraries": ["robplug"]}]}, "'stepz'"),
+        ({"chunk": 0}, "chunk.*got 0"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_wrong_plan_is_explained(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        cells(**changes)
+
+
+def test_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"gone\.toml: cannot be read"):
+        load_plan(tmp_path / "gone.toml")
+    path = tmp_path / "broken.toml"
+    path.write_text('seed = 0\nout = "x\n')
+    with pytest.raises(PlanError, match=r"broken\.toml: is not valid TOML.*line 2"):
+        load_plan(path)
+
+
+def test_the_key_of_version_1_is_frozen() -> None:
+    """Every field off its default; a change of this key makes every stored result unreachable."""
+    spec = AttackSpec(name="art/golden", make="m:o", params={"steps": 1})
+    cell = Cell(
+        index=3,
+        target=TargetEntry(name="t", make="m.py:t", stochastic=True, eot=2, draws=5),
+        dataset=DatasetEntry(name="d", split="train", root="r", samples=9),
+        spec=spec,
+        label="golden",
+        mode="harmonised",
+        params_passed={"steps": 4},
+        params={"steps": 4, "random_start": True, "loss": "ce", "step_size": None},
+        threat=ThreatModel("l2", 0.5, targeted=True),
+        readings=(0.5,),
+        goal="next",
+        seed=7,
+        timeout_s=30.0,
+    )
+    identity = Identity("w" * 64, "s" * 64, "d" * 64, "p" * 64, (-1.0, 1.0), {"robplug": "0.1.0", "art": "1.20.1"})
+    assert cell_key(cell, identity, chunk=16, batch_size=128) == GOLDEN
+
+
+GOLDEN = "bb115ebbe9492aff3a6a6790d98be7c3e9944b3e88df24d5c09373e56dca0ef9"

@@ -70,15 +70,19 @@ def list_subjects(cells: Sequence[StoredCell]) -> tuple[tuple[Subject, ...], lis
     return tuple(_subject(number, cell, models) for number, cell in enumerate(first)), subject_of
 
 
+def _printable(name: str) -> str:
+    """A run may come from somebody else: its names must not steer the reader's terminal."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in name)
+
+
 def _subject(number: int, cell: StoredCell, models: dict[str, list[str]]) -> Subject:
     name, threat = cell.record["target"], cell.record["threat"]
     if len(models[name]) > 1:
         name = f"{name} ({_model_digest(cell)[:8]})"
     low, high = threat["bounds"]
     bounds = (float(low), float(high))
-    return Subject(
-        number, name, cell.record["dataset"], threat["norm"], bounds, cell.targeted, cell.record["goal_rule"] or ""
-    )
+    words = (name, cell.record["dataset"], threat["norm"])
+    return Subject(number, *map(_printable, words), bounds, cell.targeted, cell.record["goal_rule"] or "")
 
 
 def _subject_identity(cell: StoredCell) -> str:
@@ -101,8 +105,8 @@ def list_attacks(cells: Sequence[StoredCell]) -> tuple[tuple[Attack, ...], list[
     attacks = [
         Attack(
             number,
-            record["label"],
-            record["library"],
+            _printable(record["label"]),
+            _printable(record["library"]),
             record["mode"],
             record["needs"],
             record["budget"],

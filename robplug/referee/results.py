@@ -141,6 +141,7 @@ _COUNTS = (
     "error",
     "beyond",
     "silent",
+    "false_claims",
     "against_peers",
 )
 

@@ -82,7 +82,7 @@ def run_plan(
         hear.begin(sum(len(job.dataset) for job in jobs))
         clean = CleanPredictions(settings.batch_size)
         for number, job in enumerate(jobs):
-            for chunk in _run_cell(job, number, settings, store.cell(job.key), clean):
+            for chunk in run_cell(job, number, settings, store.cell(job.key), clean):
                 hear.advance(f"{job.cell.target.name}: {job.cell.label}", chunk.samples, chunk.done_before)
                 stop()
     return Results(store.path)
@@ -116,7 +116,7 @@ class _Chunk:
     done_before: bool
 
 
-def _run_cell(job: Job, number: int, plan: Plan, store: CellStore, clean: CleanPredictions) -> Iterator[_Chunk]:
+def run_cell(job: Job, number: int, plan: Plan, store: CellStore, clean: CleanPredictions) -> Iterator[_Chunk]:
     """Runs the chunks of a cell that are not finished; yields each chunk."""
     record = cell_record(job, number, store)
     finished = store.finished()

@@ -65,6 +65,7 @@ class CellSummary:
         error: not answered.
         beyond: adversarial examples of a minimal attack outside the radius; counted as robust.
         silent: samples for which a valid adversarial example was seen and not returned.
+        false_claims: samples whose success is claimed without a valid adversarial example at any distance.
         against_peers: samples on which this harmonised attack's verdict differs from most of its peers'.
         clean: accuracy before the attack.
         robust_accuracy: robust / samples; None where any distance counts.
@@ -88,6 +89,7 @@ class CellSummary:
     error: int
     beyond: int
     silent: int
+    false_claims: int
     against_peers: int
     clean: Rate
     robust_accuracy: Rate | None
@@ -178,6 +180,7 @@ def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> Cell
         error=counts["error"],
         beyond=beyond,
         silent=int(cell.column("silent").sum()),
+        false_claims=int(((cell.claim == 1) & (cell.status != "broken")).sum()),
         against_peers=0,
         clean=wilson(attacked, samples),
         robust_accuracy=None if reading.eps is None else wilson(robust, samples),

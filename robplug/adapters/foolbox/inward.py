@@ -1,7 +1,9 @@
 """The attacks of Foolbox, run on a robplug target.
 
 What is returned is what Foolbox gives as the answer at a radius: for a fixed budget the sample clipped to the ball
-(its ``clipped``), for a minimal one the sample as found. The claim is Foolbox's ``is_adv``.
+(its ``clipped``), for a minimal one the sample as found, or the clean one where Foolbox says that it found none
+(Carlini and Wagner's attack and EAD leave an image of zeros there, which need not be inside the bounds). The claim is
+Foolbox's ``is_adv``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import foolbox
 import torch
-from foolbox.attacks import LinearSearchBlendedUniformNoiseAttack, SaltAndPepperNoiseAttack
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
 from torch import Tensor
 
@@ -33,12 +34,13 @@ DISTANCES = {
     "l1": foolbox.distances.l1,
     "l0": foolbox.distances.l0,
 }
+_BLENDED = functools.partial(foolbox.attacks.LinearSearchBlendedUniformNoiseAttack, steps=50)
 STARTS = {
-    "BoundaryAttack": functools.partial(LinearSearchBlendedUniformNoiseAttack, steps=50),
-    "HopSkipJumpAttack": functools.partial(LinearSearchBlendedUniformNoiseAttack, steps=50),
-    "PointwiseAttack": SaltAndPepperNoiseAttack,
+    "BoundaryAttack": _BLENDED,
+    "HopSkipJumpAttack": _BLENDED,
+    "PointwiseAttack": foolbox.attacks.SaltAndPepperNoiseAttack,
 }
-"""The library's own way to a starting point; it gives up the whole batch when it finds none for one sample."""
+"""The library's own way to a starting point; left to itself it gives up the batch when it finds none for one sample."""
 UNIT_BOX = frozenset({"HopSkipJumpAttack", "GenAttack"})
 """Classes that clip to [0, 1] whatever the model's bounds."""
 ONE_BY_ONE = frozenset({"HopSkipJumpAttack"})
@@ -79,7 +81,9 @@ class FoolboxAttack(ForeignAttack):
     def _check(self, threat: ThreatModel) -> None:
         name = self.entry["name"]
         if threat.norm not in self.entry["norms"]:
-            raise ThreatError(f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}")
+            raise ThreatError(
+                f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}"
+            )
         if not self.entry["targeted" if threat.targeted else "untargeted"]:
             raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
 
@@ -96,6 +100,8 @@ class FoolboxAttack(ForeignAttack):
         with seeded_globals(rng.batch_seed()):
             raw, found, claim = self._call(model, clean, labels, threat.targeted, eps, threat.norm)
         found = _no_rounding_out(raw, found, model.bounds)
+        if eps is None:
+            found = torch.where(claim.view(-1, *[1] * (x.dim() - 1)), found, clean)
         return (_from_unit(x, found, threat.bounds) if self._name in UNIT_BOX else found), claim
 
     def _call(

@@ -63,7 +63,9 @@ class TorchattacksAttack(ForeignAttack):
     def _check(self, x: Tensor, threat: ThreatModel) -> None:
         name = self.entry["name"]
         if threat.norm not in self.entry["norms"]:
-            raise ThreatError(f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}")
+            raise ThreatError(
+                f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}"
+            )
         if not self.entry["targeted" if threat.targeted else "untargeted"]:
             raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
         if type(self).__name__ in THREE_CHANNELS and (x.dim() != 4 or x.shape[1] != 3):

@@ -40,8 +40,8 @@ def can(
     }
 
 
-# An attack that takes no radius is "minimal": what it finds is judged by its distance. FAB takes a radius and drops what
-# lies beyond, and its targeted mode confuses goals with labels (it attacks only samples predicted as the goal). JSMA
+# An attack that takes no radius is "minimal": what it finds is judged by its distance. FAB takes a radius and drops
+# what lies beyond; its targeted mode confuses goals with labels (it attacks only samples predicted as the goal). JSMA
 # without a goal aims at label + 1 modulo 10 whatever the number of classes, so it is offered with goals only.
 CAPABILITIES: dict[str, dict[str, Any]] = {
     "GN": can("l2", budget="minimal", targeted=False, needs="labels", stochastic=True),
@@ -84,7 +84,7 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
 
 REFUSED = {
     "VANILA": "no attack: it returns the samples unchanged",
-    "MultiAttack": "wrapper class: it takes a list of attacks; give them as attacks of a plan, whose worst case is the same",
+    "MultiAttack": "wrapper class: it takes a list of attacks, as a plan does, whose worst case is the same",
     "LGV": "wrapper class: it trains copies of the model on a data loader of its own before it attacks",
 }
 

@@ -1,0 +1,243 @@
+"""The seam of training: what a defence may do, and a stack of defences at work on one batch.
+
+`robplug.training.fit` and the ART trainer both train through `Stack`; they differ in where batches and optimizer
+come from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robplug.errors import InputError
+from robplug.plugins import registry
+from robplug.step import Step, passing, untouched_buffers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Defense.prepare` did.
+
+    Attributes:
+        state: anything; it comes back as ``step.state`` and is no part of the model. A network in it (a frozen
+            teacher) is neither optimized nor saved nor switched between modes.
+        parameters: new parameters, in the model or in the state, that are to be optimized.
+        no_decay: parameters, new or the model's own, that escape weight decay.
+        layers: names of modules of the model whose outputs each `robplug.step.Pass` is to keep.
+    """
+
+    state: Any = None
+    parameters: Sequence[nn.Parameter] = ()
+    no_decay: Sequence[nn.Parameter] = ()
+    layers: Sequence[str] = ()
+
+
+class Defense:
+    """A defence in training; derive a frozen dataclass whose fields are its parameters, and override what it needs.
+
+    A step of a stack: the one `objective`, which alone moves batch norm's running statistics, then every `penalty`;
+    their sum is differentiated and the optimizer steps; then every `after_step`. Random draws come from ``step.rng``.
+    """
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Changes the model in place before training; its parameters stay the same objects."""
+        return Prepared()
+
+    def objective(self, step: Step) -> Tensor:
+        """Returns the main loss, a scalar; one defence of a stack may override it.
+
+        An objective on adversarial samples sets ``step.x_adv`` and asks for ``step.adv()``, so that penalties can too.
+        """
+        return step.clean().loss.mean()
+
+    def penalty(self, step: Step) -> Tensor | tuple[Tensor, Tensor] | None:
+        """Returns what is added to the main loss: a scalar, or (value to log, scalar to differentiate); None is nothing.
+
+        Running statistics of batch norm that move meanwhile are forgotten.
+        """
+        return None
+
+    def mode(self, model: nn.Module) -> None:
+        """Called after each ``model.train()``: freezes batch norm, say."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after each step of the optimizer: projects weights, say."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Undoes surgery that is not to stay; returns the model to be used."""
+        return model
+
+    def score(self, step: Step) -> Tensor | None:
+        """Returns (N,) bool, which held-out samples count as right; None leaves it to clean accuracy.
+
+        The model is in eval mode.
+        """
+        return None
+
+    @property
+    def patience_epochs(self) -> int | None:
+        """Epochs without a better `score` after which training stops, its best weights kept; None never stops."""
+        return None
+
+
+@dataclass(frozen=True)
+class NoDefense(Defense):
+    """Plain training."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of one step.
+
+    Attributes:
+        objective: the main loss, a scalar.
+        penalties: their values, by the name of the defence's class.
+        total: what is differentiated.
+    """
+
+    objective: Tensor
+    penalties: Mapping[str, Tensor]
+    total: Tensor
+
+
+class Stack:
+    """Defences that train one model together.
+
+    Args:
+        defenses: a name of ``robplug list defenses``, a Defense, or several of either.
+
+    Raises:
+        InputError: two of them have an objective, or something else is no defence.
+    """
+
+    def __init__(self, defenses: str | Defense | Iterable[str | Defense] = ()) -> None:
+        several = [defenses] if isinstance(defenses, str | Defense) else list(defenses)
+        self.defenses = [registry().defense(item) if isinstance(item, str) else item for item in several]
+        for defense in self.defenses:
+            if not isinstance(defense, Defense):
+                raise InputError("a defence derived from robplug.defenses.Defense", repr(defense))
+        main = [defense for defense in self.defenses if type(defense).objective is not Defense.objective]
+        if len(main) > 1:
+            names = " and ".join(type(defense).__name__ for defense in main)
+            raise InputError("at most one defence with an objective in a stack", names, "train with one of them")
+        self._main = main[0] if main else Defense()
+        self._prepared: dict[Defense | int, Prepared] = {}
+        self._layers: dict[str, nn.Module] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Lets every defence prepare the model.
+
+        Raises:
+            InputError: a parameter of the model was replaced, a new one was not announced, or a layer does not exist.
+        """
+        self.model = model
+        for defense in self.defenses:
+            before = {id(parameter): name for name, parameter in model.named_parameters()}
+            prepared = defense.prepare(model)
+            _check_surgery(defense, model, before, prepared)
+            self._prepared[id(defense)] = prepared
+            self._layers.update({name: _layer(model, name, defense) for name in prepared.layers})
+
+    @property
+    def new_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the defences announced."""
+        return [parameter for prepared in self._prepared.values() for parameter in prepared.parameters]
+
+    @property
+    def no_decay(self) -> list[nn.Parameter]:
+        """The parameters that escape weight decay."""
+        return [parameter for prepared in self._prepared.values() for parameter in prepared.no_decay]
+
+    @property
+    def patience_epochs(self) -> int | None:
+        """The smallest patience of the defences."""
+        return min((d.patience_epochs for d in self.defenses if d.patience_epochs is not None), default=None)
+
+    def train_mode(self) -> None:
+        """Puts the model into train mode, as the defences want it."""
+        self.model.train()
+        for defense in self.defenses:
+            defense.mode(self.model)
+
+    def train_batch(
+        self, step: Step, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any] = torch.Tensor.backward
+    ) -> Losses:
+        """Makes one step of training.
+
+        Args:
+            step: the batch.
+            optimizer: of the model's parameters and the announced ones.
+            backward: differentiates the total loss.
+        """
+        optimizer.zero_grad()
+        with passing("update"):
+            losses = self.losses(step)
+        backward(losses.total)
+        optimizer.step()
+        for defense in self.defenses:
+            defense.after_step(self.model)
+        return losses
+
+    def losses(self, step: Step) -> Losses:
+        """Returns the losses of a batch; batch norm's running statistics move with the objective alone."""
+        step.layers = self._layers
+        step.state = self._state(self._main)
+        objective = self._main.objective(step)
+        total, values = objective, {}
+        with untouched_buffers(self.model):
+            for defense in self.defenses:
+                step.state = self._state(defense)
+                penalty = defense.penalty(step)
+                if penalty is None:
+                    continue
+                value, surrogate = penalty if isinstance(penalty, tuple) else (penalty, penalty)
+                total = total + surrogate
+                name = type(defense).__name__
+                values[name] = values.get(name, 0.0) + value.detach()
+        return Losses(objective.detach(), values, total)
+
+    def score(self, step: Step) -> Tensor:
+        """Returns (N,) bool: what the first defence with an opinion counts as right, else the clean prediction."""
+        step.layers = self._layers
+        for defense in self.defenses:
+            step.state = self._state(defense)
+            right = defense.score(step)
+            if right is not None:
+                return right
+        return step.clean().logits.argmax(1) == step.y
+
+    def finish(self) -> nn.Module:
+        """Lets every defence finish, the last first, and returns the model."""
+        for defense in reversed(self.defenses):
+            self.model = defense.finish(self.model)
+        return self.model
+
+    def _state(self, defense: Defense) -> Any:
+        return self._prepared.get(id(defense), Prepared()).state
+
+
+def _check_surgery(defense: Defense, model: nn.Module, before: Mapping[int, str], prepared: Prepared) -> None:
+    name = type(defense).__name__
+    after = {id(parameter): key for key, parameter in model.named_parameters()}
+    lost = [key for ident, key in before.items() if ident not in after]
+    if lost:
+        raise InputError(f"{name}.prepare to keep the model's parameters", f"without {', '.join(lost)}")
+    known = {*before, *(id(parameter) for parameter in prepared.parameters)}
+    silent = [key for ident, key in after.items() if ident not in known]
+    if silent:
+        remedy = "announce them in Prepared.parameters"
+        raise InputError(f"{name}.prepare to announce all new parameters", f"also {', '.join(silent)}", remedy)
+
+
+def _layer(model: nn.Module, name: str, defense: Defense) -> nn.Module:
+    modules = dict(model.named_modules())
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=3) or [key for key in modules if key][:10]
+        expected = f"a layer of {type(model).__name__} for {type(defense).__name__}"
+        raise InputError(expected, repr(name), f"there is {', '.join(near)}")
+    return modules[name]

@@ -1,0 +1,91 @@
+"""Example images of the report as PNG inside data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.image import imsave
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from robplug.errors import StoreError
+from robplug.referee.rundir import StoredCell
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample before and after an attack.
+
+    Attributes:
+        key: of the cell.
+        row: the sample's row of the store.
+        clean: data URI.
+        adversarial: data URI.
+        difference: data URI; grey is no change, and the largest change reaches black or white.
+        magnified: how many times the difference is magnified.
+        channels: of the sample; others than 1 and 3 are shown by their first.
+    """
+
+    key: str
+    row: dict[str, Any]
+    clean: str
+    adversarial: str
+    difference: str
+    magnified: float
+    channels: int
+
+
+def first_example(cells: Sequence[StoredCell]) -> Example | None:
+    """Returns one example of the first cell that has images, a broken one if there is any; None without images."""
+    for cell in cells:
+        arrays = _arrays(cell.path / "examples.safetensors")
+        rows = {row["sample"]: row for row in cell.table.to_pylist()}
+        known = [i for i, sample in enumerate(arrays.get("sample", ())) if int(sample) in rows]
+        if known:
+            best = min(known, key=lambda i: rows[int(arrays["sample"][i])]["status"] != "broken")
+            row = rows[int(arrays["sample"][best])]
+            return _example(cell, row, arrays["x"][best], arrays["x_adv"][best])
+    return None
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    if not path.is_file():
+        return {}
+    try:
+        arrays = load_file(path)
+        fits = len(arrays["sample"]) == len(arrays["x"]) and arrays["x"].shape == arrays["x_adv"].shape
+    except (SafetensorError, OSError, KeyError) as error:
+        raise StoreError(path, f"is damaged ({error}); remove it, the numbers do not need it") from None
+    return arrays if fits and arrays["x"].ndim == 4 else {}  # only images can be shown
+
+
+def _example(cell: StoredCell, row: dict[str, Any], x: Array, x_adv: Array) -> Example:
+    low, high = cell.record["threat"]["bounds"]
+    change = x_adv.astype(np.float64) - x
+    largest = float(np.nanmax(np.abs(change))) or 1.0
+    return Example(
+        key=cell.record["key"],
+        row=row,
+        clean=_png((x - low) / (high - low)),
+        adversarial=_png((x_adv - low) / (high - low)),
+        difference=_png(0.5 + 0.5 * change / largest),
+        magnified=(high - low) / (2 * largest),
+        channels=len(x),
+    )
+
+
+def _png(image: Array) -> str:
+    """Returns a (C, H, W) image of values from 0 to 1 as a data URI."""
+    shown = image if len(image) == 3 else image[[0, 0, 0]]
+    data = io.BytesIO()
+    values = (np.nan_to_num(shown).clip(0, 1) * 255).round().astype(np.uint8)
+    imsave(data, np.ascontiguousarray(values.transpose(1, 2, 0)), format="png", metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -1,0 +1,156 @@
+"""One training step as a defence sees it: the batch, and forward passes that whoever asks shares."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robplug.errors import InputError
+from robplug.rng import Rng
+from robplug.targets import evaluation_mode
+
+PassKind = Literal["attacker", "update", "evaluation"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_pass_kind: contextvars.ContextVar[PassKind] = contextvars.ContextVar("robplug_pass", default="evaluation")
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns the (N,) cross-entropies in float32."""
+    return F.cross_entropy(logits.float(), y, reduction="none")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass.
+
+    Attributes:
+        x: (N, ...) the samples, a leaf that requires a gradient: ``torch.autograd.grad(p.loss.sum(), p.x)``. Take input
+            gradients of the sum: those of the mean shrink with the batch and underflow in half precision.
+        logits: (N, C).
+        loss: (N,) float32, the loss of each sample.
+        activations: outputs of the layers that the defences of the stack asked for, by name.
+    """
+
+    x: Tensor
+    logits: Tensor
+    loss: Tensor
+    activations: Mapping[str, Tensor]
+
+
+@dataclass
+class Step:
+    """One batch in training.
+
+    Attributes:
+        model: maps samples inside ``bounds`` to logits; everything that a user put in front of the network is in it.
+        x: (N, ...) samples.
+        y: (N,) int64 labels.
+        rng: a stream per sample, other ones in each step.
+        bounds: smallest and largest value of a sample.
+        state: what the ``prepare`` of the defence that is asked returned as its state.
+        x_adv: (N, ...) the adversarial samples of the objective, if it has any.
+        loss_of: (logits, y) to (N,), the loss that is trained.
+        layers: modules whose outputs are kept in each `Pass`, by name.
+    """
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    rng: Rng
+    bounds: tuple[float, float] = (0.0, 1.0)
+    state: Any = None
+    x_adv: Tensor | None = None
+    loss_of: Loss = cross_entropy
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    _passes: dict[str, Pass] = field(default_factory=dict, init=False, repr=False)
+
+    def clean(self) -> Pass:
+        """Returns the pass of ``x``, made when first asked for and shared by all who ask."""
+        return self._shared("clean", self.x)
+
+    def adv(self) -> Pass:
+        """Returns the pass of ``x_adv``, made when first asked for and shared by all who ask.
+
+        Raises:
+            InputError: the objective of the stack has no adversarial samples.
+        """
+        if self.x_adv is None:
+            raise InputError("an objective that sets step.x_adv", "none", 'put "robplug/at" or the like into the stack')
+        return self._shared("adv", self.x_adv)
+
+    def _shared(self, name: str, x: Tensor) -> Pass:
+        if name not in self._passes:
+            self._passes[name] = self._forward(x.detach().requires_grad_())
+        return self._passes[name]
+
+    def _forward(self, x: Tensor) -> Pass:
+        activations: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                handle = layer.register_forward_hook(_keeper(activations, name))
+                stack.callback(handle.remove)
+            logits = self.model(x)
+        return Pass(x, logits, self.loss_of(logits, self.y), activations)
+
+
+def _keeper(activations: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        activations[name] = output
+
+    return keep
+
+
+def current_pass() -> PassKind:
+    """Returns who is asking the model: ``"attacker"``, ``"update"`` (training) or ``"evaluation"`` (anybody else).
+
+    For layers that behave differently under attack, called in their ``forward``.
+    """
+    return _pass_kind.get()
+
+
+@contextmanager
+def passing(kind: PassKind) -> Iterator[None]:
+    """Makes `current_pass` return ``kind`` inside."""
+    token = _pass_kind.set(kind)
+    try:
+        yield
+    finally:
+        _pass_kind.reset(token)
+
+
+@contextmanager
+def attacking(model: nn.Module, batch_norm: Literal["eval", "train"] = "eval") -> Iterator[None]:
+    """Inside, the model is as an attack should see it: in eval mode, no buffer changes.
+
+    Args:
+        model: gets its modes back afterwards.
+        batch_norm: ``"train"`` lets batch norm use the statistics of the batch.
+    """
+    with passing("attacker"), evaluation_mode(model), untouched_buffers(model):
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.training = batch_norm == "train"
+        yield
+
+
+@contextmanager
+def untouched_buffers(model: nn.Module) -> Iterator[None]:
+    """Inside, the model works on copies of its buffers: running statistics move and are forgotten.
+
+    The buffers themselves are not written, because a graph made before may hold them for its backward pass.
+    """
+    kept = [(part, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
+    for part, name, buffer in kept:
+        part._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
+        for part, name, buffer in kept:
+            part._buffers[name] = buffer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robplug.hookspecs import hookimpl
-from robplug.types import AttackSpec, NormSpec, TargetSpec
+from robplug.types import AttackSpec, DatasetSpec, DefenseSpec, NormSpec, TargetSpec
 
 
 @hookimpl
@@ -61,5 +61,89 @@ def robplug_targets() -> list[TargetSpec]:
             make="robplug.targets:from_module",
             summary="any nn.Module that gives logits",
             accepts=("torch.nn.modules.module.Module",),
+        ),
+        TargetSpec(name="robplug/digits-cnn", make="robplug.zoo:digits_cnn", summary="small CNN for digits, untrained"),
+        TargetSpec(name="robplug/lenet", make="robplug.zoo:lenet", summary="LeNet-5 for MNIST, untrained"),
+        TargetSpec(
+            name="robplug/resnet20",
+            make="robplug.zoo:resnet20",
+            summary="ResNet-20 for CIFAR-10, shortcuts of option A, untrained",
+            source="He et al. 2016, section 4.2",
+            params={"mean": None, "std": None},
+        ),
+        TargetSpec(
+            name="robplug/digits-standard",
+            make="robplug.zoo:digits_standard",
+            summary="small CNN for digits, trained without defence",
+        ),
+        TargetSpec(
+            name="robplug/digits-at",
+            make="robplug.zoo:digits_at",
+            summary="small CNN for digits, trained against PGD at linf 0.2",
+        ),
+    ]
+
+
+@hookimpl
+def robplug_datasets() -> list[DatasetSpec]:
+    """The shipped digits, and readers of the user's files."""
+    files: dict[str, object] = {"split": "test", "root": None}
+    return [
+        DatasetSpec(
+            name="digits",
+            make="robplug.data:digits",
+            summary="1,797 grey 8x8 images of digits, shipped",
+            source="Alpaydin and Kaynak 1998, UCI Machine Learning Repository",
+            params={"split": "test"},
+        ),
+        DatasetSpec(
+            name="mnist",
+            make="robplug.data_files:mnist",
+            summary="MNIST from its idx files",
+            source="LeCun et al. 1998",
+            params=files,
+        ),
+        DatasetSpec(
+            name="cifar10",
+            make="robplug.data_files:cifar10",
+            summary="CIFAR-10 from the files of its binary version",
+            source="Krizhevsky 2009",
+            params=files,
+        ),
+        DatasetSpec(
+            name="npz",
+            make="robplug.data_files:npz",
+            summary="a numpy archive with x and y",
+            params={**files, "bounds": [0.0, 1.0]},
+        ),
+        DatasetSpec(
+            name="folder", make="robplug.data_files:folder", summary="images in one folder per class", params=files
+        ),
+    ]
+
+
+@hookimpl
+def robplug_defenses() -> list[DefenseSpec]:
+    """Plain and adversarial training."""
+    return [
+        DefenseSpec(name="robplug/none", make="robplug.defenses:NoDefense", summary="plain training"),
+        DefenseSpec(
+            name="robplug/at",
+            make="robplug.adversarial:AdversarialTraining",
+            summary="adversarial training with PGD",
+            source="Madry et al. 2018, section 2.1, eq. 2.1",
+            params={
+                "eps": 8 / 255,
+                "norm": "linf",
+                "steps": 7,
+                "step_size": None,
+                "random_start": True,
+                "clean_share": 0.0,
+                "goal": "untargeted",
+                "label_smoothing": 0.0,
+                "attack_mode": "eval",
+                "patience": None,
+            },
+            pieces=("objective",),
         ),
     ]

@@ -164,7 +164,9 @@ def _read_idx(path: Path, dimensions: int) -> Bytes:
     content = _read_bytes(path, MNIST_SOURCE)
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic:
-        raise InputError(f"magic number {magic.hex()} at the start of {path}", content[:4].hex() or "an empty file", MNIST_SOURCE)
+        raise InputError(
+            f"magic number {magic.hex()} at the start of {path}", content[:4].hex() or "an empty file", MNIST_SOURCE
+        )
     header = 4 + 4 * dimensions
     shape = np.frombuffer(content[4:header], dtype=">u4").astype(int).tolist()
     size = header + int(np.prod(shape)) if len(shape) == dimensions else header

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,13 @@ class Defense:
 
     A step of a stack: the one `objective`, which alone moves batch norm's running statistics, then every `penalty`;
     their sum is differentiated and the optimizer steps; then every `after_step`. Random draws come from ``step.rng``.
+
+    Attributes:
+        patience: epochs without a better `score` after which training stops and the best weights are taken; None, the
+            default, never stops. A field of the defence where a user is to choose it.
     """
+
+    patience: int | None = None
 
     def prepare(self, model: nn.Module) -> Prepared:
         """Changes the model in place before training; its parameters stay the same objects."""
@@ -56,7 +63,7 @@ class Defense:
         return step.clean().loss.mean()
 
     def penalty(self, step: Step) -> Tensor | tuple[Tensor, Tensor] | None:
-        """Returns what is added to the main loss: a scalar, or (value to log, scalar to differentiate); None is nothing.
+        """Returns what is added to the main loss: a scalar, or (value to log, scalar to differentiate); or None.
 
         Running statistics of batch norm that move meanwhile are forgotten.
         """
@@ -79,11 +86,6 @@ class Defense:
         """
         return None
 
-    @property
-    def patience_epochs(self) -> int | None:
-        """Epochs without a better `score` after which training stops, its best weights kept; None never stops."""
-        return None
-
 
 @dataclass(frozen=True)
 class NoDefense(Defense):
@@ -98,11 +100,13 @@ class Losses:
         objective: the main loss, a scalar.
         penalties: their values, by the name of the defence's class.
         total: what is differentiated.
+        right: (N,) bool, which samples the objective's pass classified correctly, as it saw them; None if unknown.
     """
 
     objective: Tensor
     penalties: Mapping[str, Tensor]
     total: Tensor
+    right: Tensor | None
 
 
 class Stack:
@@ -117,16 +121,18 @@ class Stack:
 
     def __init__(self, defenses: str | Defense | Iterable[str | Defense] = ()) -> None:
         several = [defenses] if isinstance(defenses, str | Defense) else list(defenses)
-        self.defenses = [registry().defense(item) if isinstance(item, str) else item for item in several]
+        self.defenses: list[Defense] = [registry().defense(item) if isinstance(item, str) else item for item in several]
         for defense in self.defenses:
             if not isinstance(defense, Defense):
                 raise InputError("a defence derived from robplug.defenses.Defense", repr(defense))
-        main = [defense for defense in self.defenses if type(defense).objective is not Defense.objective]
+        main = [index for index, defense in enumerate(self.defenses) if _has_objective(defense)]
         if len(main) > 1:
-            names = " and ".join(type(defense).__name__ for defense in main)
+            names = " and ".join(type(self.defenses[index]).__name__ for index in main)
             raise InputError("at most one defence with an objective in a stack", names, "train with one of them")
-        self._main = main[0] if main else Defense()
-        self._prepared: dict[Defense | int, Prepared] = {}
+        if not main:
+            self.defenses.append(NoDefense())
+        self._main = main[0] if main else -1
+        self._prepared: list[Prepared] = []
         self._layers: dict[str, nn.Module] = {}
 
     def prepare(self, model: nn.Module) -> None:
@@ -140,23 +146,23 @@ class Stack:
             before = {id(parameter): name for name, parameter in model.named_parameters()}
             prepared = defense.prepare(model)
             _check_surgery(defense, model, before, prepared)
-            self._prepared[id(defense)] = prepared
+            self._prepared.append(prepared)
             self._layers.update({name: _layer(model, name, defense) for name in prepared.layers})
 
     @property
     def new_parameters(self) -> list[nn.Parameter]:
         """The parameters that the defences announced."""
-        return [parameter for prepared in self._prepared.values() for parameter in prepared.parameters]
+        return [parameter for prepared in self._prepared for parameter in prepared.parameters]
 
     @property
     def no_decay(self) -> list[nn.Parameter]:
         """The parameters that escape weight decay."""
-        return [parameter for prepared in self._prepared.values() for parameter in prepared.no_decay]
+        return [parameter for prepared in self._prepared for parameter in prepared.no_decay]
 
     @property
-    def patience_epochs(self) -> int | None:
+    def patience(self) -> int | None:
         """The smallest patience of the defences."""
-        return min((d.patience_epochs for d in self.defenses if d.patience_epochs is not None), default=None)
+        return min((defense.patience for defense in self.defenses if defense.patience is not None), default=None)
 
     def train_mode(self) -> None:
         """Puts the model into train mode, as the defences want it."""
@@ -165,7 +171,11 @@ class Stack:
             defense.mode(self.model)
 
     def train_batch(
-        self, step: Step, optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], Any] = torch.Tensor.backward
+        self,
+        step: Step,
+        optimizer: torch.optim.Optimizer,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+        autocast: AbstractContextManager[Any] | None = None,
     ) -> Losses:
         """Makes one step of training.
 
@@ -173,9 +183,10 @@ class Stack:
             step: the batch.
             optimizer: of the model's parameters and the announced ones.
             backward: differentiates the total loss.
+            autocast: entered for all forward passes.
         """
         optimizer.zero_grad()
-        with passing("update"):
+        with passing("update"), autocast or nullcontext():
             losses = self.losses(step)
         backward(losses.total)
         optimizer.step()
@@ -186,30 +197,33 @@ class Stack:
     def losses(self, step: Step) -> Losses:
         """Returns the losses of a batch; batch norm's running statistics move with the objective alone."""
         step.layers = self._layers
-        step.state = self._state(self._main)
-        objective = self._main.objective(step)
-        total, values = objective, {}
+        step.state = self._prepared[self._main].state
+        objective = self.defenses[self._main].objective(step)
+        right = step.right()
+        total = objective
+        values: dict[str, Tensor] = {}
         with untouched_buffers(self.model):
-            for defense in self.defenses:
-                step.state = self._state(defense)
+            for defense, prepared in zip(self.defenses, self._prepared, strict=True):
+                step.state = prepared.state
                 penalty = defense.penalty(step)
                 if penalty is None:
                     continue
                 value, surrogate = penalty if isinstance(penalty, tuple) else (penalty, penalty)
                 total = total + surrogate
                 name = type(defense).__name__
-                values[name] = values.get(name, 0.0) + value.detach()
-        return Losses(objective.detach(), values, total)
+                values[name] = values.get(name, torch.zeros_like(value)) + value.detach()
+        return Losses(objective.detach(), values, total, right)
 
     def score(self, step: Step) -> Tensor:
         """Returns (N,) bool: what the first defence with an opinion counts as right, else the clean prediction."""
         step.layers = self._layers
-        for defense in self.defenses:
-            step.state = self._state(defense)
+        for defense, prepared in zip(self.defenses, self._prepared, strict=True):
+            step.state = prepared.state
             right = defense.score(step)
             if right is not None:
                 return right
-        return step.clean().logits.argmax(1) == step.y
+        with torch.no_grad():
+            return torch.eq(step.model(step.x).argmax(1), step.y)
 
     def finish(self) -> nn.Module:
         """Lets every defence finish, the last first, and returns the model."""
@@ -217,8 +231,9 @@ class Stack:
             self.model = defense.finish(self.model)
         return self.model
 
-    def _state(self, defense: Defense) -> Any:
-        return self._prepared.get(id(defense), Prepared()).state
+
+def _has_objective(defense: Defense) -> bool:
+    return type(defense).objective is not Defense.objective
 
 
 def _check_surgery(defense: Defense, model: nn.Module, before: Mapping[int, str], prepared: Prepared) -> None:

@@ -11,18 +11,19 @@ import functools
 import importlib
 import importlib.metadata as metadata
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import Any, get_args
 
 import pluggy
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from robplug import hookspecs
 from robplug.errors import PluginError
 from robplug.registry import KINDS, Registry
-from robplug.types import Spec
+from robplug.types import AttackSpec, Budget, DatasetSpec, Needs, NormSpec, Scope, Spec, TargetSpec
 
 HOST = "robplug"
 BUILT_IN = (
@@ -31,6 +32,7 @@ BUILT_IN = (
     "robplug.adapters.foolbox.plugin",
     "robplug.adapters.torchattacks.plugin",
 )
+
 NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*(/[a-z0-9]+([-.][a-z0-9]+)*)?(@[a-z0-9-]+)?")
 
 
@@ -70,7 +72,7 @@ def load() -> list[Plugin]:
     for found in (*_built_in(), *_installed()):
         plugin = _admit(manager, found, owners)
         plugins.append(plugin)
-        owners.update({(kind_of(spec), spec.name): plugin.distribution for spec in plugin.specs})
+        owners.update(dict.fromkeys(_claims(plugin.specs), plugin.distribution))
     return plugins
 
 
@@ -91,14 +93,35 @@ def _built_in() -> Iterator[_Found]:
         yield _Found(HOST, version, module, (), functools.partial(importlib.import_module, module))
 
 
-def _installed() -> list[_Found]:
-    found = {}
+def _installed() -> Iterator[_Found]:
+    """Yields the entry points of the installed distributions, by name; the first of two with one name, as imports."""
+    first: dict[str, metadata.Distribution] = {}
     for dist in metadata.distributions():
-        for entry_point in dist.entry_points.select(group=hookspecs.GROUP):
-            key = (canonicalize_name(dist.name), entry_point.name, entry_point.value)
-            requires = tuple(dist.requires or ())
-            found[key] = _Found(key[0], dist.version, entry_point.value, requires, entry_point.load)
-    return [found[key] for key in sorted(found)]
+        # other people's broken metadata are none of our business, so only what names our group is looked into
+        if f"[{hookspecs.GROUP}]" in (dist.read_text("entry_points.txt") or ""):
+            first.setdefault(_name(dist), dist)
+    for name in sorted(first):
+        yield from _entry_points(name, first[name])
+
+
+def _name(dist: metadata.Distribution) -> str:
+    try:
+        return canonicalize_name(dist.name)
+    except Exception:  # METADATA is missing or damaged
+        return "unknown"
+
+
+def _entry_points(name: str, dist: metadata.Distribution) -> list[_Found]:
+    try:
+        entry_points = sorted(dist.entry_points.select(group=hookspecs.GROUP), key=lambda entry: entry.name)
+        requires, version = tuple(dist.requires or ()), dist.version or "unknown"
+    except Exception as error:  # metadata that cannot be parsed
+        return [_Found(name, "", "entry_points.txt", (), functools.partial(_raise, error))]
+    return [_Found(name, version, entry.value, requires, entry.load) for entry in entry_points]
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _admit(manager: pluggy.PluginManager, found: _Found, owners: dict[tuple[str, str], str]) -> Plugin:
@@ -119,8 +142,13 @@ def _admit(manager: pluggy.PluginManager, found: _Found, owners: dict[tuple[str,
 def _check_host_version(found: _Found) -> None:
     here = metadata.version(HOST)
     for text in found.requires:
-        need = Requirement(text)
-        if canonicalize_name(need.name) == HOST and not need.specifier.contains(here, prereleases=True):
+        try:
+            need = Requirement(text)
+        except InvalidRequirement as error:
+            problem = f"its requirement {text!r} cannot be read: {_one_line(error)}"
+            raise PluginError(found.distribution, problem, _blame(found)) from error
+        applies = need.marker is None or need.marker.evaluate({"extra": ""})
+        if canonicalize_name(need.name) == HOST and applies and not need.specifier.contains(here, prereleases=True):
             raise PluginError(
                 found.distribution,
                 f"it was made for robplug {need.specifier}, and {here} is installed",
@@ -128,20 +156,27 @@ def _check_host_version(found: _Found) -> None:
             )
 
 
-def _import(found: _Found) -> Any:
+def _blame(found: _Found) -> str:
+    return f"report it to the authors of {found.distribution}"
+
+
+def _import(found: _Found) -> ModuleType:
     try:
-        return found.load()
+        module = found.load()
     except (Exception, SystemExit) as error:  # whatever a plugin does on import must not stop the host
         raise PluginError(
             found.distribution,
-            f"importing {found.module} failed: {type(error).__name__}: {error}",
+            f"importing {found.module} failed: {type(error).__name__}: {_one_line(error)}",
             f"reinstall or remove it: pip uninstall {found.distribution}",
         ) from error
+    if not isinstance(module, ModuleType):
+        problem = f"its entry point {found.module} is a {type(module).__name__}, expected a module"
+        raise PluginError(found.distribution, problem, _blame(found))
+    return module
 
 
-def _collect(manager: pluggy.PluginManager, found: _Found, module: Any) -> Iterator[Spec]:
+def _collect(manager: pluggy.PluginManager, found: _Found, module: ModuleType) -> Iterator[Spec]:
     """Registers the module and yields the Specs of its hooks, all of them checked."""
-    fix = f"report it to the authors of {found.distribution}"
     _check_marked(found, module)
     try:
         manager.register(module, name=f"{found.distribution}:{found.module}")
@@ -154,41 +189,69 @@ def _collect(manager: pluggy.PluginManager, found: _Found, module: Any) -> Itera
     for hook, spec_class in KINDS.values():
         for implementation in getattr(manager.hook, hook).get_hookimpls():
             if implementation.plugin is module:
-                yield from _call(found, hook, implementation.function, spec_class, fix)
+                yield from _call(found, hook, implementation.function, spec_class)
 
 
-def _check_marked(found: _Found, module: Any) -> None:
+def _check_marked(found: _Found, module: ModuleType) -> None:
     for name in vars(module):
         if name.startswith("robplug_") and callable(vars(module)[name]):
             if getattr(vars(module)[name], f"{hookspecs.GROUP}_impl", None) is None:
                 raise PluginError(found.distribution, f"{name} is not marked", "put @robplug.hookimpl above it")
 
 
-def _call(found: _Found, hook: str, function: Callable[[], Any], spec_class: type[Spec], fix: str) -> Iterable[Spec]:
+def _call(found: _Found, hook: str, function: Callable[[], Any], spec_class: type[Spec]) -> Iterator[Spec]:
     try:
         specs = function()
-    except Exception as error:
-        raise PluginError(found.distribution, f"{hook} raised {type(error).__name__}: {error}", fix) from error
+    except (Exception, SystemExit) as error:
+        problem = f"{hook} raised {type(error).__name__}: {_one_line(error)}"
+        raise PluginError(found.distribution, problem, _blame(found)) from error
     if not isinstance(specs, list | tuple):
-        raise PluginError(found.distribution, f"{hook} returned {specs!r}, expected a list of Specs", fix)
+        raise PluginError(found.distribution, f"{hook} returned {specs!r}, expected a list of Specs", _blame(found))
     for spec in specs:
         if not isinstance(spec, spec_class):
             problem = f"{hook} returned {spec!r}, expected a {spec_class.__name__}"
-            raise PluginError(found.distribution, problem, fix)
-        if not NAME.fullmatch(spec.name) or spec.make.count(":") != 1:
-            problem = f"{hook}: name {spec.name!r} or make {spec.make!r} is malformed"
-            raise PluginError(found.distribution, problem, "expected 'origin/method' and 'module:object'")
-    return list(specs)
+            raise PluginError(found.distribution, problem, _blame(found))
+        if problem := _malformed(spec):
+            raise PluginError(found.distribution, f"{hook}: {problem}", _blame(found))
+        yield spec
+
+
+def _malformed(spec: Spec) -> str:
+    """Returns what is wrong with a Spec's values, or ""; a Spec says so itself of none of them."""
+    bare = isinstance(spec, DatasetSpec | NormSpec)
+    if not (isinstance(spec.name, str) and NAME.fullmatch(spec.name) and (bare or "/" in spec.name)):
+        return f"name {spec.name!r} is malformed, expected 'origin/method' in lower case"
+    if not (isinstance(spec.make, str) and spec.make.count(":") == 1):
+        return f"make {spec.make!r} of {spec.name} is malformed, expected 'module:object'"
+    if not isinstance(spec.params, Mapping):
+        return f"params {spec.params!r} of {spec.name} is no mapping from names to defaults"
+    if isinstance(spec, AttackSpec):
+        for key in ("norms", "tasks"):  # a lone string would pass for a tuple of its letters
+            value = getattr(spec, key)
+            if not (isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)):
+                return f"{key} {value!r} of {spec.name} is malformed, expected a tuple of names"
+        for key, words in (("budget", Budget), ("needs", Needs), ("scope", Scope)):
+            if getattr(spec, key) not in get_args(words):
+                expected = ", ".join(get_args(words))
+                return f"{key} {getattr(spec, key)!r} of {spec.name} is malformed, expected one of {expected}"
+    return ""
 
 
 def _check_owners(found: _Found, specs: tuple[Spec, ...], owners: dict[tuple[str, str], str]) -> None:
     taken = dict(owners)
-    for spec in specs:
-        key = (kind_of(spec), spec.name)
+    for key in _claims(specs):
         if key in taken:
-            problem = f"it claims the {key[0]} {spec.name!r}, which {taken[key]} has"
+            problem = f"it claims the {key[0]} {key[1]!r}, which {taken[key]} has"
             raise PluginError(found.distribution, problem, f"pip uninstall {found.distribution}, or the other")
         taken[key] = found.distribution
+
+
+def _claims(specs: Iterable[Spec]) -> Iterator[tuple[str, str]]:
+    """Yields what only one plugin can have: names, and classes of models."""
+    for spec in specs:
+        yield kind_of(spec), spec.name
+        if isinstance(spec, TargetSpec):
+            yield from (("model class", accepted) for accepted in spec.accepts)
 
 
 def kind_of(spec: Spec) -> str:
@@ -196,5 +259,5 @@ def kind_of(spec: Spec) -> str:
     return next(kind for kind, (_, spec_class) in KINDS.items() if isinstance(spec, spec_class))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -135,11 +135,18 @@ class Registry:
         return resolve(spec)(**{**spec.params, **params})
 
     def _why_missing(self, name: str) -> str:
+        """Returns which disabled plugin has this name, or might have it, and why it is disabled."""
         origin = name.partition("/")[0]
-        for plugin in self.plugins:
-            if plugin.error and (name in plugin.claimed or plugin.distribution in (origin, f"robplug-{origin}")):
-                return f"{plugin.distribution} is disabled: {plugin.error.problem}; {plugin.error.remedy}"
-        return ""
+        broken = [plugin for plugin in self.plugins if plugin.error]
+        sure = [plugin for plugin in broken if name in plugin.claimed]
+        likely = [plugin for plugin in broken if plugin.distribution in (origin, f"robplug-{origin}")]
+        # what a plugin offers is not known if it failed before its hooks could be asked
+        silent = [plugin for plugin in broken if not plugin.claimed]
+        return "; ".join(
+            f"{plugin.distribution} ({plugin.module}) is disabled: {plugin.error.problem}; {plugin.error.remedy}"
+            for plugin in sure or likely or silent
+            if plugin.error
+        )
 
 
 def check_params(spec: Spec, params: dict[str, Any]) -> None:
@@ -187,3 +194,7 @@ def resolve_path(path: str) -> Any:
         raise RobplugError(f"{path} needs the package {missing}, which is not installed: {remedy}") from error
     except AttributeError as error:
         raise RobplugError(f"{path} cannot be resolved: {error}") from error
+    except RobplugError:
+        raise
+    except (Exception, SystemExit) as error:  # foreign code at import may raise anything
+        raise RobplugError(f"importing {module} failed: {type(error).__name__}: {error}") from error

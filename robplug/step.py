@@ -85,6 +85,13 @@ class Step:
             raise InputError("an objective that sets step.x_adv", "none", 'put "robplug/at" or the like into the stack')
         return self._shared("adv", self.x_adv)
 
+    def right(self) -> Tensor | None:
+        """Returns (N,) bool, which samples the newest pass made so far classified correctly; None before any."""
+        if not self._passes:
+            return None
+        newest = list(self._passes.values())[-1]
+        return newest.logits.detach().argmax(1) == self.y
+
     def _shared(self, name: str, x: Tensor) -> Pass:
         if name not in self._passes:
             self._passes[name] = self._forward(x.detach().requires_grad_())

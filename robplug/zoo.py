@@ -35,7 +35,7 @@ class LeNet(nn.Module):
     """LeNet-5 with ReLU and maxima: 61,706 parameters. Takes (N, 1, 28, 28) in [0, 1], gives (N, 10) logits.
 
     Source: LeCun et al. 1998, section II-B.
-    Differs: ReLU for the scaled tanh, maximum for the trainable mean, all maps of layer C3 connected, a linear output layer.
+    Differs: ReLU for the scaled tanh, maximum for the trainable mean, all maps of layer C3 connected, a linear output.
     """
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -20,6 +21,7 @@ from robplug.referee.rundir import StoredCell
 from robplug.referee.summary import CellSummary, Summary
 from robplug.referee.worst import WorstCase
 
+Array = np.ndarray[Any, Any]
 COLOURS = {"#010203": "--ink", "#010204": "--quiet", "#010205": "--rule", "#010206": "--accent", "#010207": "--paper"}
 INK, QUIET, RULE, ACCENT, PAPER = COLOURS
 DASHES: dict[str, Any] = {"gradients": "-", "scores": (0, (5, 2)), "labels": (0, (1, 1.6))}
@@ -29,7 +31,7 @@ STYLE = {
     "svg.hashsalt": "robplug",  # the same run gives the same file
     "text.parse_math": False,  # a name with dollar signs is a name
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": QUIET,
     "axes.linewidth": 0.6,
@@ -39,7 +41,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-WIDTH = 372  # points: about a phone's width, so that text keeps its size there
+WIDTH = 345  # points: about a phone's width, so that text keeps its size there
 POINTS = 300  # of a step curve
 
 
@@ -58,56 +60,73 @@ def curve(
         An ``<svg>`` element.
     """
     limit = _largest_radius(cells, stored)
-    figure, axes = _canvas(270, left=0.105, bottom=0.15, right=0.86, top=0.97)
-    ends = []
+    figure, axes = _canvas(270, left=0.12, bottom=0.15, right=0.85, top=0.97)
+    lines = []
     for number in sorted({cell.attack for cell in cells}):
         own = [cell for cell in cells if cell.attack == number]
-        x, y = _attack_curve(own, stored[own[0].key], limit)
-        style = DASHES[summary.attack(number).needs]
-        step = "steps-post" if stored[own[0].key].minimal else "default"
-        axes.plot(x, y, color=QUIET, linewidth=0.8, linestyle=style, drawstyle=step, alpha=0.9)
-        ends.append((float(y[-1]), number))
-    for height, text in _labels(ends):
-        axes.text(1.02, height, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=QUIET)
+        line = _attack_line(own, stored[own[0].key], limit)
+        axes.plot(*line.drawn, color=QUIET, linewidth=0.8, linestyle=DASHES[summary.attack(number).needs], alpha=0.9)
+        lines.append((number, line))
+    for height, text in _labels([(float(line.y[-1]), number) for number, line in lines]):
+        axes.text(1.02, height, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, color=QUIET)
     if cases:
-        _draw_worst_case(axes, cases)
-    _radius_axis(axes, sorted({case.eps for case in cases}), limit)
+        _draw_worst_case(axes, cases, [line for _, line in lines])
+    _radius_axis(axes, [case.eps for case in cases], limit, "radius")
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     return _svg(figure, "robust accuracy against the radius")
 
 
-def _draw_worst_case(axes: Any, cases: Sequence[WorstCase]) -> None:
-    x = [case.eps for case in cases]
-    clean = cases[0].clean.value or 0.0
-    axes.fill_between(
-        [0, *x],
-        [clean, *(case.low.low for case in cases)],
-        [clean, *(case.high.high for case in cases)],
-        color=ACCENT,
-        alpha=0.14,
-        linewidth=0,
-    )
-    axes.plot([0, *x], [clean, *(case.low.value for case in cases)], color=ACCENT, linewidth=2)
-    for case in cases:
+@dataclass(frozen=True)
+class _Line:
+    """Robust accuracy y at radii x: a straight line between points, or steps."""
+
+    x: Array
+    y: Array
+    steps: bool
+
+    @property
+    def drawn(self) -> tuple[Array, Array]:
+        """The corners of the line."""
+        return (np.repeat(self.x, 2)[1:], np.repeat(self.y, 2)[:-1]) if self.steps else (self.x, self.y)
+
+    def at(self, x: Array) -> Array:
+        """Returns the height at other radii."""
+        if self.steps:
+            return self.y[np.searchsorted(self.x, x, side="right") - 1]
+        return np.interp(x, self.x, self.y)
+
+
+def _draw_worst_case(axes: Any, cases: Sequence[WorstCase], attacks: Sequence[_Line]) -> None:
+    """Draws marks at the plan's radii; the line between them never lies above that of an attack."""
+    radii = np.array([case.eps for case in cases])
+    low = np.array([case.low.value for case in cases])
+    x = np.unique(np.concatenate([np.linspace(0, radii[-1], POINTS), radii]))
+    between = np.interp(x, np.append(0, radii), np.append(cases[0].clean.value or 0.0, low))
+    y = np.minimum.reduce([between, *(line.at(x) for line in attacks)])
+    y[np.isin(x, radii)] = low
+    axes.plot(x, y, color=ACCENT, linewidth=2)
+    for case, height in zip(cases, low, strict=True):
         fill = PAPER if case.refused else ACCENT
-        low, high = case.low.value, case.high.value
-        axes.plot([case.eps, case.eps], [low, high], color=ACCENT, linewidth=4, alpha=0.4, solid_capstyle="butt")
-        axes.plot(case.eps, low, "o", markersize=5.5, markerfacecolor=fill, markeredgecolor=ACCENT, zorder=5)
+        axes.plot([case.eps] * 2, [case.low.low, case.high.high], color=INK, linewidth=0.9, zorder=4)
+        axes.plot([case.eps] * 2, [height, case.high.value], color=ACCENT, linewidth=4, alpha=0.4, zorder=4)
+        axes.plot(case.eps, height, "o", markersize=6, markerfacecolor=fill, markeredgecolor=ACCENT, zorder=5)
 
 
-def _attack_curve(own: Sequence[CellSummary], cell: StoredCell, limit: float) -> tuple[Any, Any]:
-    """Returns radii and robust accuracies: measured points of a fixed attack, all distances of a minimal one."""
+def _attack_line(own: Sequence[CellSummary], cell: StoredCell, limit: float) -> _Line:
+    """Returns the measured points of a fixed attack, or what a minimal one says of every radius."""
     if not cell.minimal:
         points = sorted((one.eps or 0.0, (one.robust_accuracy and one.robust_accuracy.value) or 0.0) for one in own)
-        return [0.0, *(x for x, _ in points)], [own[0].clean.value or 0.0, *(y for _, y in points)]
+        start = (0.0, own[0].clean.value or 0.0)
+        x, y = np.array([start, *points]).T
+        return _Line(x, y, steps=False)
     distances = np.sort(cell.distance[cell.status == "broken"])
-    start = int(np.isin(cell.status, ("robust", "broken")).sum())
+    start_count = int(np.isin(cell.status, ("robust", "broken")).sum())
     x = np.concatenate([[0.0], distances[distances <= limit]])
-    y = (start - np.arange(len(x))) / max(len(cell.status), 1)
+    y = (start_count - np.arange(len(x))) / max(len(cell.status), 1)
     kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
-    return np.append(x[kept], limit), np.append(y[kept], y[-1])
+    return _Line(np.append(x[kept], limit), np.append(y[kept], y[-1]), steps=True)
 
 
 def _labels(ends: list[tuple[float, int]], gap: float = 0.045, shown: int = 4) -> list[tuple[float, str]]:
@@ -141,10 +160,10 @@ def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summa
         return ""
     limit = _largest_radius(cells, stored)
     reach = max(limit, min(3 * limit, max(float(np.quantile(one, 0.9)) for _, found in rows for one in found) * 1.05))
-    height = 26 * len(rows) + 34
+    height = 30 * len(rows) + 36
     figure, axes = _canvas(height, left=0.03, bottom=30 / height, right=0.97, top=1 - 4 / height)
     for place, (number, found) in enumerate(rows):
-        axes.text(0, place - 0.34, f"{number}  {summary.attack(number).name}", fontsize=8.5, va="center", clip_on=True)
+        axes.text(0, place - 0.34, f"{number}  {summary.attack(number).name}", fontsize=9.5, va="center", color=INK)
         for one in found:
             _draw_strip(axes, one, place + 0.12)
     axes.set_ylim(len(rows) - 0.4, -0.75)
@@ -153,18 +172,18 @@ def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summa
     radii = sorted({cell.eps for cell in cells if cell.eps is not None})
     for eps in radii:
         axes.axvline(eps, color=RULE, linewidth=0.8, zorder=0)
-    _radius_axis(axes, radii, reach)
+    _radius_axis(axes, radii, reach, "distance")
     return _svg(figure, "distances of the adversarial examples")
 
 
-def _draw_strip(axes: Any, found: np.ndarray[Any, Any], height: float) -> None:
+def _draw_strip(axes: Any, found: Array, height: float) -> None:
     low, first, median, third, high = np.quantile(found, [0.05, 0.25, 0.5, 0.75, 0.95])
     axes.plot([low, high], [height, height], color=QUIET, linewidth=0.8)
     axes.plot([first, third], [height, height], color=QUIET, linewidth=5, alpha=0.55, solid_capstyle="butt")
     axes.plot([median, median], [height - 0.17, height + 0.17], color=ACCENT, linewidth=2, solid_capstyle="butt")
 
 
-def _found(number: int, cells: Sequence[CellSummary], stored: dict[str, StoredCell]) -> list[np.ndarray[Any, Any]]:
+def _found(number: int, cells: Sequence[CellSummary], stored: dict[str, StoredCell]) -> list[Array]:
     keys = dict.fromkeys(cell.key for cell in cells if cell.attack == number)
     found = [stored[key].distance[stored[key].status == "broken"] for key in keys]
     return [one for one in found if len(one)]
@@ -179,10 +198,10 @@ def _largest_radius(cells: Sequence[CellSummary], stored: dict[str, StoredCell])
     return float(np.quantile(np.concatenate(found), 0.95)) * 1.04 if found else 1.0
 
 
-def _radius_axis(axes: Any, radii: list[float], limit: float) -> None:
+def _radius_axis(axes: Any, radii: list[float], limit: float, name: str) -> None:
     """Puts the ticks at the plan's radii, leaving out labels that would touch, the largest first to stay."""
     axes.set_xlim(0, limit)
-    axes.set_xlabel("distance", fontsize=8.5, labelpad=2)
+    axes.set_xlabel(name, fontsize=9.5, labelpad=2)
     if not radii:
         return
     labelled = [0.0]
@@ -200,7 +219,7 @@ def _canvas(height: float, **margins: float) -> tuple[Figure, Any]:
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
         figure.subplots_adjust(**margins)
-        axes.tick_params(length=2.5, width=0.6, labelsize=8.5)
+        axes.tick_params(length=2.5, width=0.6, labelsize=9.5)
     return figure, axes
 
 

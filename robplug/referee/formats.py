@@ -53,6 +53,11 @@ def count(value: int) -> str:
     return f"{value:,}".replace(",", "\u202f")
 
 
+def plural(value: int, thing: str) -> str:
+    """Returns such as ``1 sample`` or ``2 samples``."""
+    return f"{count(value)} {thing}{'' if value == 1 else 's'}"
+
+
 def seconds(value: float) -> str:
     """Returns such as ``0.42 s`` or ``3 min 10 s``."""
     if value < 60:
@@ -70,7 +75,7 @@ def distance(value: float | None) -> str:
 def unfinished(summary: Summary) -> str:
     """Says what of a run is missing."""
     begun = len({cell.key for cell in summary.cells if not cell.finished})
-    return f"unfinished run: {begun} cells are incomplete, {summary.not_begun} have not begun"
+    return f"unfinished run: {plural(begun, 'cell')} incomplete, {plural(summary.not_begun, 'cell')} not begun"
 
 
 def unresolved(summary: Summary, case: WorstCase) -> str:

@@ -47,11 +47,12 @@ def first_example(cells: Sequence[StoredCell]) -> Example | None:
     """Returns one example of the first cell that has images, a broken one if there is any; None without images."""
     for cell in cells:
         arrays = _arrays(cell.path / "examples.safetensors")
-        rows = {row["sample"]: row for row in cell.table.to_pylist()}
-        known = [i for i, sample in enumerate(arrays.get("sample", ())) if int(sample) in rows]
+        samples = np.asarray(arrays.get("sample", ()), dtype=np.int64)
+        rows = {row["sample"]: row for row in cell.table.filter(np.isin(cell.sample, samples)).to_pylist()}
+        known = [i for i, sample in enumerate(samples.tolist()) if sample in rows]
         if known:
-            best = min(known, key=lambda i: rows[int(arrays["sample"][i])]["status"] != "broken")
-            row = rows[int(arrays["sample"][best])]
+            best = min(known, key=lambda i: rows[int(samples[i])]["status"] != "broken")
+            row = rows[int(samples[best])]
             return _example(cell, row, arrays["x"][best], arrays["x_adv"][best])
     return None
 
@@ -87,5 +88,5 @@ def _png(image: Array) -> str:
     shown = image if len(image) == 3 else image[[0, 0, 0]]
     data = io.BytesIO()
     values = (np.nan_to_num(shown).clip(0, 1) * 255).round().astype(np.uint8)
-    imsave(data, np.ascontiguousarray(values.transpose(1, 2, 0)), format="png", metadata={"Software": None})
+    imsave(data, np.ascontiguousarray(values.transpose(1, 2, 0)), format="png")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")

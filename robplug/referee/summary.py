@@ -180,7 +180,7 @@ def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> Cell
         error=counts["error"],
         beyond=beyond,
         silent=int(cell.column("silent").sum()),
-        false_claims=int(((cell.claim == 1) & (cell.status != "broken")).sum()),
+        false_claims=int(((cell.claim == 1) & ~np.isin(cell.status, ("broken", "misclassified"))).sum()),
         against_peers=0,
         clean=wilson(attacked, samples),
         robust_accuracy=None if reading.eps is None else wilson(robust, samples),

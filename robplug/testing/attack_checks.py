@@ -22,12 +22,12 @@ ROUNDING = 1e-5
 def check_output(spec: AttackSpec) -> None:
     """In each norm of the Spec: x_adv has x's shape, dtype and device, is finite and carries no graph."""
     for norm in spec.norms:
-        _check_perturbed(given := trial(spec, network(), norm), given.run())
+        _check_perturbed(given := trial(spec, network(), norm), given.call())
 
 
 def check_float64(spec: AttackSpec) -> None:
     """With a float64 model and float64 samples, x_adv is float64."""
-    _check_perturbed(given := trial(spec, network(dtype=torch.float64)), given.run())
+    _check_perturbed(given := trial(spec, network(dtype=torch.float64)), given.call())
 
 
 def _check_perturbed(given: Trial, result: Perturbed) -> None:
@@ -178,7 +178,7 @@ def check_model_untouched(spec: AttackSpec) -> None:
     """Modes, parameters, buffers, requires_grad and .grad of the model are afterwards what they were."""
     given = trial(spec, network())
     before = ModuleState(given.target.module)
-    given.run()
+    given.call()
     changes = before.restore()
     require(not changes, f"it changed {', '.join(changes)}")
 
@@ -187,7 +187,7 @@ def check_global_numbers_untouched(spec: AttackSpec) -> None:
     """The global generators of torch, numpy and random are afterwards where they were."""
     given = trial(spec, network())
     before = global_numbers()
-    given.run()
+    given.call()
     require(global_numbers() == before, "it used or reseeded the global generators of torch, numpy or random")
 
 
@@ -195,7 +195,7 @@ def check_inputs_untouched(spec: AttackSpec) -> None:
     """x, y and y_goal are not written to."""
     given = trial(spec, network())
     copies = {name: tensor.clone() for name in ("x", "y", "y_goal") if (tensor := getattr(given, name)) is not None}
-    given.run()
+    given.call()
     changed = [name for name, tensor in copies.items() if not torch.equal(tensor, getattr(given, name))]
     require(not changed, f"it changed {', '.join(changed)} in place")
 
@@ -221,12 +221,12 @@ def check_y_may_be_none(spec: AttackSpec) -> None:
 
 def check_empty_batch(spec: AttackSpec) -> None:
     """A batch of no samples gives an x_adv of no samples."""
-    _check_perturbed(given := trial(spec, network()).rows(slice(0, 0)), given.run())
+    _check_perturbed(given := trial(spec, network()).rows(slice(0, 0)), given.call())
 
 
 def check_batch_of_one(spec: AttackSpec) -> None:
     """A batch of one sample keeps its first axis."""
-    _check_perturbed(given := trial(spec, network()).rows(slice(0, 1)), given.run())
+    _check_perturbed(given := trial(spec, network()).rows(slice(0, 1)), given.call())
 
 
 ATTACK_CHECKS = (

@@ -8,11 +8,15 @@ from unittest import SkipTest
 
 import torch
 
+from robplug.defenses import Defense, Stack
 from robplug.errors import InputError
 from robplug.plugins import registry
 from robplug.registry import resolve
+from robplug.rng import Rng
+from robplug.step import Step
 from robplug.targets import evaluation_mode
 from robplug.testing.attack_checks import ATTACK_CHECKS
+from robplug.testing.fixtures import CLASSES, network
 from robplug.testing.norm_checks import NORM_CHECKS
 from robplug.testing.spec_checks import check_fields_documented, check_frozen_dataclass, check_params, check_resolves
 from robplug.testing.trials import require
@@ -34,7 +38,7 @@ def checks_for(spec: Spec) -> Iterator[Callable[[Any], None]]:
     if isinstance(spec, AttackSpec):
         yield from ATTACK_CHECKS
     if isinstance(spec, DefenseSpec):
-        yield check_pieces
+        yield from (check_pieces, check_trains)
     if isinstance(spec, TargetSpec):
         yield check_logits
     if isinstance(spec, DatasetSpec):
@@ -44,12 +48,32 @@ def checks_for(spec: Spec) -> Iterator[Callable[[Any], None]]:
 
 
 def check_pieces(spec: DefenseSpec) -> None:
-    """The defence has the pieces of its Spec as methods, and no others."""
-    defense = resolve(spec)(**spec.params)
-    has = {piece for piece in PIECES if callable(getattr(defense, piece, None))}
+    """The defence overrides the pieces of its Spec, and no others."""
+    made = resolve(spec)
+    has = sorted(piece for piece in PIECES if getattr(made, piece, None) is not getattr(Defense, piece))
     unknown = sorted(set(spec.pieces) - set(PIECES))
     require(not unknown, f"there are no pieces {', '.join(unknown)}; there are {', '.join(PIECES)}")
-    require(has == set(spec.pieces), f"it has the pieces {sorted(has)}, its Spec says {sorted(spec.pieces)}")
+    require(has == sorted(spec.pieces), f"it has the pieces {has}, its Spec says {sorted(spec.pieces)}")
+
+
+def check_trains(spec: DefenseSpec) -> None:
+    """Two steps of training have finite losses, and the finished model gives finite logits, (N, C)."""
+    scene, stack = network(), Stack([resolve(spec)(**spec.params)])
+    model = scene.target.module
+    try:
+        stack.prepare(model)
+    except InputError as error:  # it asks for a layer by name, say
+        raise SkipTest(f"it cannot prepare the small model of the checks: {error}") from error
+    unique = dict.fromkeys([*model.parameters(), *stack.new_parameters])
+    optimizer = torch.optim.SGD(unique, lr=0.01)
+    stack.train_mode()
+    for number in range(2):
+        losses = stack.train_batch(Step(model, scene.x, scene.y, Rng(number, range(len(scene.x)))), optimizer)
+        require(losses.total.isfinite(), f"the loss of step {number} is {float(losses.total.detach())}")
+    with torch.no_grad():
+        logits = stack.finish().eval()(scene.x)
+    require(logits.shape == (len(scene.x), CLASSES), f"after finish, logits have shape {tuple(logits.shape)}")
+    require(logits.isfinite().all(), "after finish, logits are not finite")
 
 
 def check_logits(spec: TargetSpec) -> None:
@@ -58,7 +82,7 @@ def check_logits(spec: TargetSpec) -> None:
         raise SkipTest("it turns other objects into targets")
     if spec.task != "classification":
         raise SkipTest(f"its task is {spec.task}; only classification is checked")
-    target = registry().target(registry().named_target(spec.name))
+    target = registry().target(resolve(spec)(**spec.params))
     with torch.no_grad(), evaluation_mode(target.module):
         for shape in IMAGES:
             x = torch.full((2, *shape), sum(target.bounds) / 2, dtype=target.dtype, device=target.device)
@@ -76,7 +100,7 @@ def check_logits(spec: TargetSpec) -> None:
 def check_samples(spec: DatasetSpec) -> None:
     """Samples are float32 inside the bounds, labels int64 and one per sample."""
     try:
-        data = registry().dataset(spec.name)
+        data = resolve(spec)(**spec.params)
     except InputError as error:  # its files are not here
         raise SkipTest(str(error)) from error
     require(data.x.dtype == torch.float32, f"x is {data.x.dtype}, expected float32")

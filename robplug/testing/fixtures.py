@@ -92,7 +92,7 @@ class _Network(nn.Module):
 @torch.no_grad()
 def _fitted() -> tuple[_Network, Tensor, Tensor]:
     with seeded_globals(0):
-        x, y = _images(400)
+        x, y = _images(1000)
         net = _Network()
         net.features(x)  # in training mode with momentum 1: batch norm takes these statistics
         net.eval()
@@ -100,8 +100,17 @@ def _fitted() -> tuple[_Network, Tensor, Tensor]:
         ridge = features.T @ features + 10.0 * torch.eye(features.shape[1], dtype=torch.float64)
         goals = F.one_hot(y, CLASSES).double() - 1 / CLASSES
         net.readout.weight.copy_(10.0 * torch.linalg.solve(ridge, features.T @ goals).T)
-        right = (net(x).argmax(1) == y).nonzero().flatten()[:SAMPLES]
-    return net, x[right], y[right]
+        kept = _spread(net(x), y)
+    return net, x[kept], y[kept]
+
+
+def _spread(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns the indices of samples that are classified rightly, from the narrowest margin to the widest."""
+    top = logits.topk(2).values
+    right = (logits.argmax(1) == y).nonzero().flatten()
+    ordered = right[(top[:, 0] - top[:, 1])[right].argsort()]
+    narrow_first = torch.linspace(0, 1, SAMPLES).square() * (len(ordered) - 1)
+    return ordered.index_select(0, narrow_first.long())
 
 
 def _images(count: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +120,7 @@ def _images(count: int) -> tuple[Tensor, Tensor]:
     gratings = 0.5 + 0.5 * angles.cos()
     y = torch.arange(count) % CLASSES
     other = (y + torch.randint(1, CLASSES, (count,))) % CLASSES
-    share = 0.45 * torch.rand(count, 1, 1)
+    share = 0.5 * torch.rand(count, 1, 1)
     clean = (1 - share) * gratings[y] + share * gratings[other]
     noise = 0.1 * torch.randn(count, 8, 8)
     return (clean + noise).clamp(0, 1)[:, None], y

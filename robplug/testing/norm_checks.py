@@ -100,7 +100,7 @@ def check_select(spec: NormSpec) -> None:
 
 
 def check_differentiable(spec: NormSpec) -> None:
-    """decode has a gradient, and the steepest direction does not lead down it."""
+    """What decode gives has a gradient, and the steepest direction does not lead down it."""
     for x, bounds in _samples():
         ball = _norm(spec).ball(x, _eps(spec, bounds), bounds)
         z = ball.random(_rng()).requires_grad_()
@@ -145,9 +145,7 @@ def _distance(norm: Norm, ball: Ball, x: Tensor, z: Tensor) -> Tensor:
     return norm.distance(x, ball.decode(z), ball.witness(z))
 
 
-def _check_inside(
-    spec: NormSpec, ball: Ball, x: Tensor, bounds: tuple[float, float], z: Tensor, what: str
-) -> None:
+def _check_inside(spec: NormSpec, ball: Ball, x: Tensor, bounds: tuple[float, float], z: Tensor, what: str) -> None:
     norm, eps, (low, high) = _norm(spec), _eps(spec, bounds), bounds
     worst = float(_distance(norm, ball, x, z).max())
     limit = norm.allowed(eps, x[0].numel(), bounds)

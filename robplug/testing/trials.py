@@ -11,6 +11,7 @@ from unittest import SkipTest
 import torch
 from torch import Tensor, nn
 
+from robplug.isolation import ModuleState
 from robplug.registry import resolve
 from robplug.rng import Rng
 from robplug.targets import Target
@@ -53,13 +54,21 @@ class Trial:
     ids: Sequence[int]
     seed: int = 0
 
-    def run(self) -> Perturbed:
-        """Calls the attack with fresh random streams."""
+    def call(self) -> Perturbed:
+        """Calls the attack with the tensors and the model themselves, and returns what it returns."""
         attack = resolve(self.spec)(**self.spec.params)
         rng = Rng(self.seed, self.ids)
         returned = attack.run(self.target, self.x, self.y, self.threat, rng, y_goal=self.y_goal)
         require(isinstance(returned, Perturbed), f"run returned a {type(returned).__name__}, expected a Perturbed")
         return returned  # type: ignore[no-any-return]
+
+    def run(self) -> Perturbed:
+        """Calls the attack on copies and tidies up after it, so that one broken rule does not look like many."""
+        state = ModuleState(self.target.module)
+        copies = dataclasses.replace(self, x=self.x.clone(), y=_copy(self.y), y_goal=_copy(self.y_goal))
+        result = copies.call()
+        state.restore()
+        return dataclasses.replace(result, x_adv=result.x_adv.detach().to(self.x.dtype))
 
     def rows(self, rows: slice) -> Trial:
         """Returns the trial of some of the samples, with their own labels, goals and streams."""
@@ -80,6 +89,10 @@ class Trial:
     def on(self, module: nn.Module, offers: str) -> Trial:
         """Returns the trial with another module in the target."""
         return dataclasses.replace(self, target=dataclasses.replace(self.target, module=module, offers=offers))
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def trial(spec: AttackSpec, scene: Scene, norm: str | None = None) -> Trial:

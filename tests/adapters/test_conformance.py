@@ -1,7 +1,7 @@
 """PGD of the four sources, harmonised: the same start, steps and step size must give the same x_adv.
 
 ``pytest tests/adapters -k conformance -s`` prints the whole table, which docs/conformance.md repeats. The networks are
-smooth: at the kink of a ReLU the gradient jumps, so that one rounding in the last place parts two correct attacks for good.
+smooth: at the kink of a ReLU the gradient jumps, so that a rounding in the last place parts two correct attacks.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_pgd_conformance(
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_conformance_attack_does_something(network: str, norm: str) -> None:
     """Sources that all did nothing would agree, too."""
-    target, x, y = _problem(network, "active")
+    _, x, y = _problem(network, "active")
     x_adv, predictions = _attack("robplug", network, norm, "active")
     p = {"linf": torch.inf, "l2": 2}[norm]
     assert (x_adv - x).flatten(1).norm(p, dim=1).min() > 0.9 * EPS[norm]

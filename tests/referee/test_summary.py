@@ -304,7 +304,7 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     results = Results(
         write_run(tmp_path, [MadeCell("rb", samples=4)], cells=[MadeCell("rb", samples=4).key(0), "f" * 64])
     )
-    assert "unfinished run: 1 cells are incomplete, 1 have not begun" in str(results.table())
+    assert "unfinished run: 1 cell incomplete, 1 cell not begun" in str(results.table())
     assert "unfinished" in repr(results)
 
 

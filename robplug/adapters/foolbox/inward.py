@@ -2,8 +2,7 @@
 
 What is returned is what Foolbox gives as the answer at a radius: for a fixed budget the sample clipped to the ball
 (its ``clipped``), for a minimal one the sample as found, or the clean one where Foolbox says that it found none
-(Carlini and Wagner's attack and EAD leave an image of zeros there, which need not be inside the bounds). The claim is
-Foolbox's ``is_adv``.
+(Carlini and Wagner's attack and EAD leave an image of zeros there). The claim is Foolbox's ``is_adv``.
 """
 
 from __future__ import annotations
@@ -91,7 +90,9 @@ class FoolboxAttack(ForeignAttack):
         self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng
     ) -> tuple[Tensor, Tensor]:
         """Returns x_adv and the claim."""
-        model = foolbox.PyTorchModel(target.module, bounds=threat.bounds, device=x.device)
+        # Foolbox compares values with bounds as Python numbers; 2.64 is less than its nearest float32
+        bounds = tuple(float(x.new_tensor(bound)) for bound in threat.bounds)
+        model = foolbox.PyTorchModel(target.module, bounds=bounds, device=x.device)
         eps = radius(threat) if self.entry["budget"] == "fixed" else None
         clean = x
         if self._name in UNIT_BOX:

@@ -52,6 +52,10 @@ def from_model(model: foolbox.PyTorchModel, **options: Any) -> Target:
     # the network itself is kept nowhere but in the closure of the function that calls it
     module = inspect.getclosurevars(model._model).nonlocals["model"]
     mean, std, flip_axis = model._preprocess_args
-    if (mean, std, flip_axis) != (None, None, None):
-        module = _Preprocessed(module, mean and mean.raw, std and std.raw, flip_axis)
+    if any(item is not None for item in (mean, std, flip_axis)):
+        module = _Preprocessed(module, _native(mean), _native(std), flip_axis)
     return from_module(module, bounds=bounds, **options)
+
+
+def _native(tensor: Any) -> Tensor | None:
+    return None if tensor is None else tensor.raw

@@ -1,0 +1,259 @@
+"""The training loop that defences plug into."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata as metadata
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robplug import checkpoint
+from robplug.checkpoint import Checkpoint
+from robplug.data import Dataset
+from robplug.defenses import Defense, Losses, Stack
+from robplug.errors import InputError, StoreError
+from robplug.interrupt import deferred_interrupt
+from robplug.isolation import seeded_globals
+from robplug.referee.store import explained, write_json
+from robplug.rng import Rng
+from robplug.step import Step
+from robplug.targets import evaluation_mode
+from robplug.training_plan import Options, read_options
+from robplug.training_progress import Progress
+from robplug.training_setup import check_data, differences, make_fabric, make_optimizer, split_rows, sub_seed
+
+WEIGHTS = "weights.safetensors"
+SCHEMA_VERSION = 1
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    defenses: str | Defense | Iterable[str | Defense] = (),
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Trains a model with a stack of defences, with Lightning Fabric.
+
+    Every random draw follows from the seed and the number of the step: on the CPU in single precision, a training that
+    was interrupted and resumed ends with the same weights bit for bit. Global generators are left as they were.
+
+    Args:
+        model: trained in place; maps samples inside the data's bounds to logits. It ends on the device where it was.
+        dataset: the training data.
+        defenses: names of ``robplug list defenses``, defences, or both.
+        out: folder for ``weights.safetensors`` and ``train.json``, and for a checkpoint after each epoch and at Ctrl-C,
+            which is removed at the end.
+        resume: go on from the checkpoint in ``out``, if there is one.
+        progress: print a line for each epoch.
+        **options: as in `robplug.training_plan.Options`.
+
+    Returns:
+        The trained model in eval mode, after every defence's ``finish``.
+
+    Raises:
+        InputError: options, data or defences that do not fit.
+        StoreError: ``out`` cannot be used, or its checkpoint is of another training.
+        KeyboardInterrupt: Ctrl-C, after the step that was being made; the checkpoint is written.
+    """
+    settings, stack = read_options(options), Stack(defenses)
+    check_data(dataset, settings, stack)
+    folder = None if out is None else _make_folder(Path(out))
+    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    training = _Training(model, dataset, stack, settings, folder, progress)
+    if folder is not None and resume:
+        training.resume(folder)
+    training.run()
+    trained = stack.finish().to(home).eval()
+    if folder is not None:
+        checkpoint.save_tensors(folder / WEIGHTS, trained.state_dict())
+        write_json(folder / "train.json", {**training.identity(), "epochs_made": training.history, **_versions()})
+        checkpoint.clear(folder)
+    return trained
+
+
+class _Training:
+    """A training under way.
+
+    Attributes:
+        step: steps made so far.
+        sums: of the epoch under way: samples, and each loss times its samples.
+        history: a record of each finished epoch.
+        best: the parameters and buffers of the best score, where a defence has patience.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset: Dataset, stack: Stack, options: Options, folder: Path | None, progress: bool
+    ) -> None:
+        self.stack, self.dataset, self.options, self.folder = stack, dataset, options, folder
+        self.train_rows, self.held_rows = split_rows(len(dataset), options)
+        self.batches = math.ceil(len(self.train_rows) / options.batch_size)
+        self.fabric = make_fabric(options)
+        self.model = model.to(self.fabric.device)
+        with seeded_globals(sub_seed(options.seed, "prepare")):
+            stack.prepare(self.model)
+        self.optimizer = make_optimizer(self.model, stack, options)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.step = 0
+        self.sums: dict[str, float] = {}
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+        self.progress = Progress(options.epochs) if progress else None
+
+    def run(self) -> None:
+        """Trains until the last epoch, or until patience has run out."""
+        _, optimizer = self.fabric.setup(self.model, self.optimizer)
+        order: list[Tensor] = []
+        with deferred_interrupt() as interrupted:
+            while self.step < self.options.epochs * self.batches and not self._out_of_patience():
+                epoch, batch = divmod(self.step, self.batches)
+                if batch == 0 or not order:
+                    order = self._order(epoch)
+                    self.stack.train_mode()
+                self._train(order[batch], optimizer)
+                if self.step % self.batches == 0:
+                    self._close_epoch()
+                if interrupted():
+                    self._save()
+                    raise KeyboardInterrupt
+        if self.best:
+            self._restore(self.best)
+
+    def _order(self, epoch: int) -> list[Tensor]:
+        """Returns the rows of each batch of an epoch."""
+        generator = torch.Generator().manual_seed(sub_seed(self.options.seed, "order", epoch))
+        shuffled = self.train_rows[torch.randperm(len(self.train_rows), generator=generator)]
+        return list(shuffled.split(self.options.batch_size))
+
+    def _batch(self, rows: Tensor, rng: Rng) -> Step:
+        x, y = (tensor[rows].to(self.fabric.device) for tensor in (self.dataset.x, self.dataset.y))
+        return Step(self.model, x, y, rng, self.dataset.bounds)
+
+    def _train(self, rows: Tensor, optimizer: Any) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._rate()
+        ids = (rows + self.step * len(self.dataset)).tolist()
+        step = self._batch(rows, Rng(sub_seed(self.options.seed, "draws"), ids))
+        with seeded_globals(sub_seed(self.options.seed, "step", self.step)):
+            losses = self.stack.train_batch(step, optimizer, self.fabric.backward, self.fabric.autocast())
+        if not bool(losses.total.isfinite()):
+            raise InputError("a finite loss", f"{float(losses.total)} at step {self.step}", "lower lr, or a strength")
+        self.step += 1
+        for name, value in _values(losses).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * len(rows)
+
+    def _rate(self) -> float:
+        """Returns the learning rate as a share of the first one."""
+        if self.options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * self.step / (self.options.epochs * self.batches)))
+        if self.options.schedule == "constant":
+            return 1.0
+        return float(0.1 ** sum(self.step >= epoch * self.batches for epoch in self.options.schedule))
+
+    def _close_epoch(self) -> None:
+        record: dict[str, Any] = {"epoch": self.step // self.batches}
+        record.update({name: total / len(self.train_rows) for name, total in self.sums.items()})
+        if len(self.held_rows):
+            record["held_out"] = self._score()
+        if self.stack.patience is not None and record["held_out"] > max(self._scores(), default=-1.0):
+            self.best = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        self.history.append(record)
+        self.sums = {}
+        self._save()
+        if self.progress:
+            self.progress.show(record, len(self.train_rows))
+
+    def _score(self) -> float:
+        seed = sub_seed(self.options.seed, "score")
+        right = 0
+        with evaluation_mode(self.model), self.fabric.autocast(), seeded_globals(seed):
+            for rows in self.held_rows.split(self.options.batch_size):
+                right += int(self.stack.score(self._batch(rows, Rng(seed, rows.tolist()))).sum())
+        return right / len(self.held_rows)
+
+    def _scores(self) -> list[float]:
+        return [record["held_out"] for record in self.history]
+
+    def _out_of_patience(self) -> bool:
+        if self.stack.patience is None or not self.history:
+            return False
+        scores = self._scores()
+        return len(scores) - 1 - scores.index(max(scores)) >= self.stack.patience
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Returns all that training moves: the model's parameters and buffers, and parameters that a defence keeps."""
+        own = dict((*self.model.named_parameters(), *self.model.named_buffers()))
+        inside = {id(tensor) for tensor in own.values()}
+        others = [parameter for parameter in self.stack.new_parameters if id(parameter) not in inside]
+        return {**own, **{f"defenses:{index}": parameter for index, parameter in enumerate(others)}}
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        own = self._tensors()
+        if {name: tensor.shape for name, tensor in own.items()} != {name: t.shape for name, t in tensors.items()}:
+            raise StoreError(
+                self.folder, f"its checkpoint is of another model; remove {checkpoint.FILES} to start over"
+            )
+        for name, tensor in tensors.items():
+            own[name].detach().copy_(tensor)
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {**self._tensors(), **{f"best:{name}": tensor for name, tensor in self.best.items()}}
+        record = {"training": self.identity(), "sums": self.sums, "history": self.history}
+        Checkpoint(self.step, tensors, self.optimizer.state_dict(), record).save(self.folder)
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from the checkpoint of a folder, if there is one."""
+        found = checkpoint.load(folder)
+        if found is None:
+            return
+        other = differences(self.identity(), found.record["training"])
+        if other:
+            remedy = f"train that one to its end, or remove {checkpoint.FILES} to start over"
+            raise StoreError(folder, f"its checkpoint was made with {other}; {remedy}")
+        self._restore({name: tensor for name, tensor in found.tensors.items() if not name.startswith("best:")})
+        self.best = {name[5:]: tensor for name, tensor in found.tensors.items() if name.startswith("best:")}
+        self.optimizer.load_state_dict(dict(found.optimizer))
+        self.step, self.sums, self.history = found.step, found.record["sums"], found.record["history"]
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what makes this training another than others."""
+        return {
+            **self.options.model_dump(exclude={"device"}),
+            "defenses": [_describe(defense) for defense in self.stack.defenses],
+            "data": self.dataset.digest,
+        }
+
+
+def _make_folder(folder: Path) -> Path:
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _values(losses: Losses) -> dict[str, float]:
+    """Returns what is averaged over an epoch; penalties by the name of their defence."""
+    right = {} if losses.right is None else {"accuracy": float(losses.right.float().mean())}
+    penalties = {name: float(value) for name, value in losses.penalties.items()}
+    return {"loss": float(losses.objective), **right, **penalties}
+
+
+def _describe(defense: Defense) -> dict[str, Any]:
+    """Returns the name of a defence's class and its parameters; what is no JSON value as text."""
+    params = dataclasses.asdict(defense) if dataclasses.is_dataclass(defense) else vars(defense)
+    plain = {key: value if isinstance(value, _PLAIN) else repr(value) for key, value in params.items()}
+    return {"class": f"{type(defense).__module__}:{type(defense).__qualname__}", **plain}
+
+
+def _versions() -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "robplug": metadata.version("robplug"), "torch": str(torch.__version__)}

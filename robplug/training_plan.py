@@ -1,0 +1,164 @@
+"""A training plan: a model, data, defences and how to optimize. Read from TOML, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from robplug.errors import InputError, PlanError, RobplugError
+from robplug.referee.plan import AttackEntry, DatasetEntry, TargetEntry, read_toml
+
+
+class Options(BaseModel):
+    """How to optimize.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch_size: samples a step; the last batch of an epoch may be smaller.
+        lr: learning rate at the start; None means 0.1 for sgd and 0.001 for adam.
+        optimizer: ``"sgd"`` with momentum, or ``"adam"``.
+        momentum: of sgd.
+        weight_decay: added to the gradient of every parameter that no defence exempts.
+        schedule: ``"cosine"`` to zero over all steps, ``"constant"``, or the epochs after which lr is divided by 10.
+        seed: of the order of the samples, the held-out share, and every draw of model and defences.
+        held_out: share of the training data that is not trained on but scored after each epoch.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        precision: of Lightning Fabric; mixed precision runs forward passes in half.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    lr: Annotated[float, Field(gt=0)] | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["cosine", "constant"] | list[Annotated[int, Field(ge=1)]] = "cosine"
+    seed: Annotated[int, Field(ge=0)] = 0
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    device: str = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+
+    @model_validator(mode="after")
+    def _drops_before_the_end(self) -> Options:
+        if isinstance(self.schedule, list) and any(epoch >= self.epochs for epoch in self.schedule):
+            raise ValueError(f"expected a schedule of epochs below {self.epochs}, got {self.schedule}")
+        return self
+
+
+class TrainingData(DatasetEntry):
+    """The training data; as `robplug.referee.plan.DatasetEntry`, and the split is ``train`` unless another is named."""
+
+    split: str = "train"
+
+
+class DefenseEntry(AttackEntry):
+    """A defence; keys other than ``name`` are its parameters."""
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TrainPlan(Options):
+    """A training plan; the optimization's keys are those of `Options`.
+
+    Attributes:
+        model: a name of ``robplug list targets``, ``file.py:object`` or ``module:object``. A file's code is run.
+        params: arguments of the model, if it is a function.
+        dataset: a name, or a table with ``name``, ``split``, ``root``, ``samples`` and ``params``.
+        defenses: names, or tables with ``name`` and the defence's parameters.
+        out: folder of the weights.
+    """
+
+    model: str
+    params: dict[str, Any] = Field(default_factory=dict)
+    dataset: Annotated[TrainingData, BeforeValidator(_by_name)]
+    defenses: list[Annotated[DefenseEntry, BeforeValidator(_by_name)]] = Field(default_factory=list)
+    out: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to optimize, as arguments of `robplug.training.fit`."""
+        return {key: getattr(self, key) for key in Options.model_fields}
+
+
+def read_options(options: dict[str, Any]) -> Options:
+    """Checks options given in Python.
+
+    Raises:
+        InputError: one does not exist or does not fit.
+    """
+    try:
+        return Options.model_validate(options)
+    except ValidationError as error:
+        raise InputError("options of training that fit", _problems(error)) from None
+
+
+def load_train_plan(path: str | Path) -> TrainPlan:
+    """Reads and checks a training plan.
+
+    Raises:
+        PlanError: the file is missing or no TOML, a key is unknown or missing, or a value does not fit.
+    """
+    content = read_toml(Path(path))
+    try:
+        return TrainPlan.model_validate(content)
+    except ValidationError as error:
+        raise PlanError(str(path), _problems(error)) from None
+
+
+def run_train_plan(path: str | Path, progress: bool = True) -> Path:
+    """Trains what a plan describes; goes on from the checkpoint that an interrupted run has left.
+
+    Args:
+        path: a TOML file.
+        progress: print a line for each epoch.
+
+    Returns:
+        The file of the weights.
+
+    Raises:
+        PlanError: the plan cannot be run; nothing has been trained then.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+    """
+    from robplug.isolation import seeded_globals
+    from robplug.plugins import registry
+    from robplug.referee.load import make_dataset, make_target
+    from robplug.training import WEIGHTS, fit
+    from robplug.training_setup import sub_seed
+
+    plan, where = load_train_plan(path), str(path)
+    dataset = make_dataset(plan.dataset, registry(), where)
+    entry = TargetEntry(name=plan.model, params=plan.params)
+    with seeded_globals(sub_seed(plan.seed, "model")):
+        model = make_target(entry, dataset.bounds, registry(), where, "cpu").module
+    try:
+        defenses = [registry().defense(entry.name, **entry.params) for entry in plan.defenses]
+    except RobplugError as error:
+        raise PlanError(f"{where}: defenses", str(error)) from error
+    fit(model, dataset, defenses, out=plan.out, resume=True, progress=progress, **plan.options)
+    return Path(plan.out) / WEIGHTS
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(_problem(dict(item)) for item in error.errors(include_url=False))
+
+
+def _problem(item: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        models: dict[str, type[BaseModel]] = {"dataset": TrainingData}
+        known = models.get(key.partition(".")[0], TrainPlan).model_fields
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
+    elif item["type"] == "missing":
+        message = "is missing"
+    elif item["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, got {item['input']!r}"
+    return f"{key}: {message}" if key else message

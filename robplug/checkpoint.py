@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from robplug.errors import StoreError
@@ -73,4 +73,4 @@ def clear(folder: Path, but: str = "") -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors as safetensors, atomically; names that share memory get a copy each."""
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(copies, temporary))
+    write_atomically(path, lambda temporary: temporary.write_bytes(save(copies)))

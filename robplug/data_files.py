@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zipfile
 import zlib
@@ -168,8 +169,8 @@ def _read_idx(path: Path, dimensions: int) -> Bytes:
             f"magic number {magic.hex()} at the start of {path}", content[:4].hex() or "an empty file", MNIST_SOURCE
         )
     header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], dtype=">u4").astype(int).tolist()
-    size = header + int(np.prod(shape)) if len(shape) == dimensions else header
+    shape = [int.from_bytes(content[start : start + 4], "big") for start in range(4, header, 4)]
+    size = header + math.prod(shape)
     if len(content) != size:
         raise InputError(f"{size} bytes for shape {tuple(shape)} in {path}", len(content), MNIST_SOURCE)
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)

@@ -250,7 +250,7 @@ def _check_surgery(defense: Defense, model: nn.Module, before: Mapping[int, str]
 
 
 def _layer(model: nn.Module, name: str, defense: Defense) -> nn.Module:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3) or [key for key in modules if key][:10]
         expected = f"a layer of {type(model).__name__} for {type(defense).__name__}"

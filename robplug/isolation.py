@@ -61,6 +61,9 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._modes = {name: part.training for name, part in module.named_modules()}
+        self._parts = [
+            (name, part, [dict(getattr(part, held)) for held in _HELD]) for name, part in module.named_modules()
+        ]
         named = (*module.named_parameters(), *module.named_buffers())
         self._saved = {
             name: _Saved(tensor, tensor.detach().clone(), tensor.requires_grad, _copy(tensor.grad))
@@ -73,7 +76,7 @@ class ModuleState:
         Returns:
             What had changed, such as ``"buffer or parameter bn.running_mean"``; empty if nothing had.
         """
-        changes = []
+        changes = self._restore_parts()
         for name, part in self._module.named_modules():
             if part.training != self._modes.get(name, part.training):
                 changes.append(f"mode of {name or 'the model'}")
@@ -81,6 +84,21 @@ class ModuleState:
         for name, saved in self._saved.items():
             changes += _restore_tensor(name, saved)
         return changes
+
+    def _restore_parts(self) -> list[str]:
+        changes = []
+        for name, part, saved in self._parts:
+            for held, before in zip(_HELD, saved, strict=True):
+                now = getattr(part, held)
+                if list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
+                    changes.append(f"{held.strip('_').replace('_', ' ')} of {name or 'the model'}")
+                    now.clear()
+                    now.update(before)
+        return changes
+
+
+_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+"""What a module holds: objects that may be replaced, added or left behind."""
 
 
 def _restore_tensor(name: str, saved: _Saved) -> list[str]:

@@ -117,8 +117,10 @@ class Registry:
         fitting = [spec for spec in own if threat.norm in spec.norms]
         if not fitting:
             norms = sorted({norm for spec in own for norm in spec.norms})
-            has = f"only for {', '.join(norms)}" if norms else self._why_missing(library) or "not at all"
-            raise PlanError("", f"{library} has the attack {canonical!r} {has}, and the threat is {threat.norm}")
+            has = f"only for {', '.join(norms)}" if norms else "not at all"
+            known = any(spec.origin == library for spec in self.specs("attack"))
+            why = "" if known else f"; {self._why_missing(library) or 'no plugin of that name is installed'}"
+            raise PlanError("", f"{library} has the attack {canonical!r} {has}, and the threat is {threat.norm}{why}")
         spec = fitting[0]
         if spec.harmonise is None:
             return spec, dataclasses.asdict(settings)

@@ -49,7 +49,8 @@ class Rng:
     def _streams(self) -> list[np.random.Generator]:
         counter = [0, 0, 0, self.restart]
         key = self.seed % _U64
-        return [np.random.Generator(np.random.Philox(key=[key, i], counter=counter)) for i in self.ids]
+        keys = [np.array([key, i], dtype=np.uint64) for i in self.ids]  # a list would pass through float64
+        return [np.random.Generator(np.random.Philox(key=k, counter=counter)) for k in keys]
 
     def select(self, keep: torch.Tensor) -> Rng:
         """Returns the streams of some samples, which go on where they are.

@@ -70,13 +70,15 @@ def fit(
     folder = None if out is None else _make_folder(Path(out))
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = _Training(model, dataset, stack, settings, folder, progress)
-    if folder is not None and resume:
-        training.resume(folder)
-    training.run()
-    trained = stack.finish().to(home).eval()
+    try:
+        if folder is not None and resume:
+            training.resume(folder)
+        training.run()
+    finally:
+        trained = stack.finish().to(home).eval()
     if folder is not None:
         checkpoint.save_tensors(folder / WEIGHTS, trained.state_dict())
-        write_json(folder / "train.json", {**training.identity(), "epochs_made": training.history, **_versions()})
+        write_json(folder / "train.json", {**training.identity(), "history": training.history, **_versions()})
         checkpoint.clear(folder)
     return trained
 
@@ -229,6 +231,7 @@ class _Training:
     def identity(self) -> dict[str, Any]:
         """Returns what makes this training another than others."""
         return {
+            "model": _class_name(self.model),
             **self.options.model_dump(exclude={"device"}),
             "defenses": [_describe(defense) for defense in self.stack.defenses],
             "data": self.dataset.digest,
@@ -252,7 +255,11 @@ def _describe(defense: Defense) -> dict[str, Any]:
     """Returns the name of a defence's class and its parameters; what is no JSON value as text."""
     params = dataclasses.asdict(defense) if dataclasses.is_dataclass(defense) else vars(defense)
     plain = {key: value if isinstance(value, _PLAIN) else repr(value) for key, value in params.items()}
-    return {"class": f"{type(defense).__module__}:{type(defense).__qualname__}", **plain}
+    return {"class": _class_name(defense), **plain}
+
+
+def _class_name(thing: object) -> str:
+    return f"{type(thing).__module__}:{type(thing).__qualname__}"
 
 
 def _versions() -> dict[str, Any]:

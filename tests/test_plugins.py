@@ -14,14 +14,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from robplug import hookspecs
 from robplug.errors import InputError, RobplugError, UnknownNameError
 from robplug.plugins import Plugin, load
 from robplug.registry import KINDS, Registry, check_params, resolve_path
 from robplug.testing.checks import checks_for
-from robplug.testing.run import Check
-from robplug.types import AttackSpec, Spec, ThreatModel
+from robplug.testing.run import Check, CheckResult
+from robplug.types import Attack, AttackSpec, DefenseSpec, Spec, ThreatModel
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "writing-a-plugin.md").read_text(encoding="utf-8")
@@ -172,7 +173,7 @@ def test_a_broken_plugin_is_disabled_alone_and_says_why(site, source, expected):
     assert "\n" not in str(broken.error)
     for text in expected:
         assert text in str(broken.error)
-    with pytest.raises(UnknownNameError, match="acme .* is disabled: ") as caught:
+    with pytest.raises(UnknownNameError, match=r"acme .* is disabled: ") as caught:
         registry.attack("acme/one")
     assert broken.error.problem in str(caught.value)
     assert broken.error.remedy in caught.value.reason
@@ -259,6 +260,15 @@ def test_what_else_a_disabled_plugin_has_is_answered_with_the_reason(site):
     assert "acme (acme_module) is disabled: it claims the attack 'robplug/pgd'" in caught.value.reason
 
 
+def test_a_plan_for_a_broken_plugin_says_why_it_is_not_there(site):
+    site("robplug-flow", "1 / 0")
+
+    with pytest.raises(
+        RobplugError, match=r"flow has the attack 'pgd' not at all.*robplug-flow .* is disabled: import"
+    ):
+        Registry(load()).harmonised("pgd", "flow", {}, ThreatModel("l2", 1))
+
+
 def test_a_spelling_mistake_is_answered_with_near_names():
     with pytest.raises(UnknownNameError, match=r"no attack named 'robplug/pdg'; did you mean .*robplug/pgd") as caught:
         Registry(load()).attack("robplug/pdg")
@@ -277,7 +287,7 @@ def test_a_parameter_that_is_not_there_is_answered_with_a_near_one():
     ("source", "message"),
     [
         ("import no_such_package_anywhere", "needs the package no_such_package_anywhere.*pip install no_such"),
-        ("import foolbox.nothing_here", r"pip install 'robplug\[foolbox\]'"),
+        ("import eagerpy.nothing_here", r"pip install 'robplug\[foolbox\]'"),
         ("1 / 0", "importing acme_module failed: ZeroDivisionError"),
         ("raise SystemExit", "importing acme_module failed: SystemExit"),
         ("", "acme_module:Attack cannot be resolved: .* no attribute 'Attack'"),
@@ -297,6 +307,10 @@ def test_a_canonical_attack_that_a_library_lacks_is_refused_with_what_it_has():
         registry.harmonised("pgd", "robplug", {}, ThreatModel("l0", 3))
     with pytest.raises(RobplugError, match="robplug has the attack 'deepfool' not at all"):
         registry.harmonised("deepfool", "robplug", {}, ThreatModel("l2", 1))
+    with pytest.raises(
+        RobplugError, match=r"flow has the attack 'pgd' not at all.*no plugin of that name is installed"
+    ):
+        registry.harmonised("pgd", "flow", {}, ThreatModel("l2", 1))
     spec, params = registry.harmonised("pgd", "robplug", {"steps": 3}, ThreatModel("l2", 1))
     assert (spec.name, params["steps"], params["random_start"]) == ("robplug/pgd", 3, True)
 
@@ -321,6 +335,13 @@ def test_the_guide_names_every_rule_of_an_attack():
     assert {name for name in names if f"`{name}`" not in GUIDE} == {"resolves"}
 
 
+def test_the_guide_shows_run_with_its_arguments():
+    shown = re.search(r"^def run\((.*)\): \.\.\.", GUIDE, re.MULTILINE)
+
+    names = [name.partition("=")[0] for name in shown[1].split(", ") if name != "*"]
+    assert names == list(inspect.signature(Attack.run).parameters)
+
+
 def _block(language: str, containing: str) -> str:
     blocks = re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     return next(block for block in blocks if containing in block)
@@ -334,7 +355,6 @@ def environment(tmp_path_factory):
     (folder / "tiny").mkdir()
     (folder / "tiny" / "pyproject.toml").write_text(_block("toml", "robplug-tiny"))
     (folder / "tiny" / "robplug_tiny.py").write_text(_block("python", "tiny/iterative"))
-    (folder / "test_conformance.py").write_text(_block("python", "@parametrize"))
     shutil.copytree(ROOT / "tests" / "fake_plugin", folder / "fake")
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     command = [
@@ -350,7 +370,7 @@ def environment(tmp_path_factory):
     ]
     subprocess.run(command, check=True, capture_output=True)
     path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])
-    return folder, {**os.environ, "PYTHONPATH": path}
+    return folder, {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
 
 
 def _python(environment, *arguments: str) -> str:
@@ -362,45 +382,47 @@ def _python(environment, *arguments: str) -> str:
 
 
 def test_installed_plugins_are_listed_without_importing_torch_or_what_they_name(environment):
-    code = (
-        "import json, sys, robplug\n"
-        "lists = [robplug.list_attacks, robplug.list_defenses, robplug.list_targets, robplug.list_datasets, robplug.list_norms]\n"
-        "names = [spec.name for each in lists for spec in each()]\n"
-        "heavy = [name for name in ('torch', 'art', 'foolbox', 'torchattacks', 'robplug_fake_parts') if name in sys.modules]\n"
-        "from robplug.plugins import registry\n"
-        "errors = [str(plugin.error) for plugin in registry().plugins if plugin.error]\n"
-        "print(json.dumps([names, heavy, errors]))"
-    )
+    code = """
+        import json, sys, robplug
+        from robplug.plugins import registry
+        kinds = ("attacks", "defenses", "targets", "datasets", "norms")
+        names = [spec.name for kind in kinds for spec in getattr(robplug, f"list_{kind}")()]
+        heavy = {"torch", "art", "foolbox", "torchattacks", "robplug_fake_parts"} & set(sys.modules)
+        errors = [str(plugin.error) for plugin in registry().plugins if plugin.error]
+        print(json.dumps([names, sorted(heavy), errors]))
+    """
 
-    names, heavy, errors = json.loads(_python(environment, "-c", code))
+    names, heavy, errors = json.loads(_python(environment, "-c", textwrap.dedent(code)))
 
     assert {"tiny/iterative", "fake/step", "fake/decay", "fake/line", "fake/function", "fake", "half"} <= set(names)
     assert heavy == []
     assert errors == []
 
 
-def test_installed_plugins_work_and_pass_the_conformance_kit(environment):
-    code = (
-        "import torch, robplug\n"
-        "from robplug.testing import check_package\n"
-        "torch.set_num_threads(1)\n"
-        "from robplug_fake_parts import Line\n"
-        "assert robplug.attack('tiny/iterative', steps=3).steps == 3\n"
-        "assert robplug.target(Line(2.0)).logits(torch.ones(1, 1, 8, 8)).shape == (1, 3)\n"
-        "assert robplug.target('fake/line').logits(torch.ones(1, 1, 8, 8)).shape == (1, 3)\n"
-        "assert robplug.dataset('fake', split='train').name == 'fake train'\n"
-        "results = check_package('Robplug_Fake') + check_package('robplug-tiny')\n"
-        "print(sorted({(r.check, r.subject, r.message) for r in results if r.status == 'failed'}), len(results))"
-    )
+def test_installed_plugins_work_and_pass_the_conformance_kit_under_pytest(environment):
+    code = """
+        import robplug, torch
+        from robplug.testing import check_package
+        from robplug_fake_parts import Line
 
-    failed, _, count = _python(environment, "-c", code).rstrip().rpartition(" ")
+        torch.set_num_threads(1)
 
-    assert failed == "[]"
-    assert int(count) > 60
+        def test_they_work():
+            assert robplug.attack("tiny/iterative", steps=3).steps == 3
+            assert robplug.target(Line(2.0)).logits(torch.ones(1, 1, 8, 8)).shape == (1, 3)
+            assert robplug.target("fake/line").logits(torch.ones(1, 1, 8, 8)).shape == (1, 3)
+            assert robplug.dataset("fake", split="train").name == "fake train"
 
+        def test_the_kit_as_a_function():
+            results = check_package("Robplug_Fake")
+            assert [result for result in results if result.status == "failed"] == []
+            assert {"fake/step", "fake/decay", "fake/line", "fake", "half"} <= {result.subject for result in results}
+    """
+    folder, _ = environment
+    (folder / "test_fake.py").write_text(textwrap.dedent(code))
+    (folder / "test_conformance.py").write_text(_block("python", "@parametrize"))
 
-def test_the_guides_conformance_test_runs_under_pytest(environment):
-    output = _python(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_conformance.py")
+    output = _python(environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_fake.py", "test_conformance.py")
 
     assert re.search(r"^\d\d passed, \d skipped in ", output, re.MULTILINE), output
 
@@ -414,16 +436,32 @@ def test_the_guides_smallest_plugin_is_small():
     }
 
 
-def test_the_guides_norm_and_defence_keep_the_rules(site, tmp_path):
-    site(
-        "robplug-contrast",
-        _block("python", "robplug_contrast").replace("robplug_contrast:", "robplug_contrast_module:"),
-    )
+def _broken_rules(spec: Spec) -> list[CheckResult]:
+    results = [Check(spec, function).result() for function in checks_for(spec)]
+    return [result for result in results if result.status != "passed"]
+
+
+def test_the_guides_norm_keeps_the_rules(site):
+    source = _block("python", "robplug_contrast").replace("robplug_contrast:", "robplug_contrast_module:")
+    site("robplug-contrast", source)
     (spec,) = _load()["robplug-contrast"].specs
 
-    results = [Check(spec, function).result() for function in checks_for(spec)]
+    assert _broken_rules(spec) == []
 
-    assert [result for result in results if result.status != "passed"] == []
-    namespace: dict[str, object] = {"__name__": "guide"}
-    exec(compile(_block("python", "class Decay"), "guide", "exec"), namespace)  # noqa: S102 - the guide is ours
-    assert namespace["Decay"]().strength == 1e-4
+
+def test_the_guides_norm_believes_no_false_witness(site):
+    site("robplug-contrast", _block("python", "robplug_contrast"))
+    norm = resolve_path("robplug_contrast_module:CONTRAST")
+
+    x = torch.tensor([[[[0.0, 0.5], [1.0, 0.5]]]])
+    grey = torch.tensor([[[[0.1, 0.5], [0.9, 0.5]]]])
+    assert norm.distance(x, grey, torch.tensor([[0.2]])).tolist() == pytest.approx([0.2])
+    assert norm.distance(x, grey, torch.tensor([[0.1]])).tolist() == [torch.inf]
+    assert norm.distance(x, grey).tolist() == [torch.inf]
+
+
+def test_the_guides_defence_keeps_the_rules(site):
+    site("guide-decay", _block("python", "class Decay"))
+    make, params = "guide_decay_module:Decay", {"strength": 1e-4}
+
+    assert _broken_rules(DefenseSpec(name="a/b", make=make, params=params, pieces=("penalty",))) == []

@@ -81,8 +81,15 @@ def _subject(number: int, cell: StoredCell, models: dict[str, list[str]]) -> Sub
         name = f"{name} ({_model_digest(cell)[:8]})"
     low, high = threat["bounds"]
     bounds = (float(low), float(high))
-    words = (name, cell.record["dataset"], threat["norm"])
-    return Subject(number, *map(_printable, words), bounds, cell.targeted, cell.record["goal_rule"] or "")
+    return Subject(
+        number=number,
+        target=_printable(name),
+        dataset=_printable(cell.record["dataset"]),
+        norm=_printable(threat["norm"]),
+        bounds=bounds,
+        targeted=cell.targeted,
+        goal_rule=_printable(cell.record["goal_rule"] or ""),
+    )
 
 
 def _subject_identity(cell: StoredCell) -> str:

@@ -43,6 +43,7 @@ STYLE = {
 }
 WIDTH = 345  # points: about a phone's width, so that text keeps its size there
 POINTS = 300  # of a step curve
+NAME = 56  # characters that fit into a figure
 
 
 def curve(
@@ -60,7 +61,7 @@ def curve(
         An ``<svg>`` element.
     """
     limit = _largest_radius(cells, stored)
-    figure, axes = _canvas(270, left=0.12, bottom=0.15, right=0.85, top=0.97)
+    figure, axes = _canvas(270, left=0.12, bottom=0.15, right=0.83, top=0.97)
     lines = []
     for number in sorted({cell.attack for cell in cells}):
         own = [cell for cell in cells if cell.attack == number]
@@ -129,7 +130,7 @@ def _attack_line(own: Sequence[CellSummary], cell: StoredCell, limit: float) -> 
     return _Line(np.append(x[kept], limit), np.append(y[kept], y[-1]), steps=True)
 
 
-def _labels(ends: list[tuple[float, int]], gap: float = 0.045, shown: int = 4) -> list[tuple[float, str]]:
+def _labels(ends: list[tuple[float, int]], gap: float = 0.045, shown: int = 3) -> list[tuple[float, str]]:
     """Puts the numbers of attacks beside the ends of their lines; neighbours closer than a line of text share one."""
     clusters: list[list[tuple[float, int]]] = []
     for end in sorted(ends):
@@ -163,7 +164,14 @@ def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summa
     height = 30 * len(rows) + 36
     figure, axes = _canvas(height, left=0.03, bottom=30 / height, right=0.97, top=1 - 4 / height)
     for place, (number, found) in enumerate(rows):
-        axes.text(0, place - 0.34, f"{number}  {summary.attack(number).name}", fontsize=9.5, va="center", color=INK)
+        axes.text(
+            0,
+            place - 0.34,
+            f"{number}  {_shortened(summary.attack(number).name)}",
+            fontsize=9.5,
+            va="center",
+            color=INK,
+        )
         for one in found:
             _draw_strip(axes, one, place + 0.12)
     axes.set_ylim(len(rows) - 0.4, -0.75)
@@ -174,6 +182,11 @@ def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summa
         axes.axvline(eps, color=RULE, linewidth=0.8, zorder=0)
     _radius_axis(axes, radii, reach, "distance")
     return _svg(figure, "distances of the adversarial examples")
+
+
+def _shortened(name: str) -> str:
+    """A figure would cut what does not fit without a sign; tables have the whole name."""
+    return name if len(name) <= NAME else name[: NAME - 1] + "\u2026"
 
 
 def _draw_strip(axes: Any, found: Array, height: float) -> None:

@@ -18,7 +18,7 @@ def percent(share: float | None) -> str:
 
 def span(low: float, high: float) -> str:
     """Returns such as ``38.2 – 44.5 %``."""
-    return f"{100 * low:.1f}\u2009\u2013\u2009{100 * high:.1f}\u00a0%"
+    return f"{100 * low:.1f}\u202f\u2013\u202f{100 * high:.1f}\u00a0%"
 
 
 def interval(rate: Rate) -> str:

@@ -15,6 +15,19 @@ from robplug.referee.entries import Subject
 from robplug.referee.summary import CellSummary, Summary
 from robplug.referee.worst import WorstCase
 
+COLUMNS = (
+    "eps",
+    "robust",
+    "95 % interval",
+    "success",
+    "claimed",
+    "invalid/ error",
+    "median distance",
+    "forwards",
+    "backwards",
+    "time",
+)
+
 
 @dataclass(frozen=True)
 class ResultsTable:
@@ -47,9 +60,7 @@ def _table(summary: Summary, subject: Subject) -> Table:
     title = f"{subject.target} on {subject.dataset}, {formats.threat(subject)}"
     table = Table(title=Text(title), title_justify="left", header_style="bold")
     table.add_column("attack", overflow="fold")
-    for name in ("eps", "robust accuracy (95 %)", "success", "claimed", "invalid / error", "median distance"):
-        table.add_column(name, justify="right")
-    for name in ("forwards", "backwards", "time"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for cell in _in_order(summary, subject):
         table.add_row(*(Text(value) for value in _cells(summary, cell)))
@@ -63,10 +74,11 @@ def _cells(summary: Summary, cell: CellSummary) -> list[str]:
     return [
         summary.attack(cell.attack).name + incomplete,
         formats.radius(cell.eps),
-        formats.NONE if rate is None else f"{formats.percent(rate.value)} [{formats.interval(rate)}]",
+        formats.NONE if rate is None else formats.percent(rate.value),
+        formats.NONE if rate is None else formats.interval(rate),
         formats.percent(cell.success.value),
         claim,
-        f"{cell.invalid} / {cell.error}",
+        f"{cell.invalid}/{cell.error}",
         formats.distance(cell.median_distance),
         formats.count(cell.cost.forwards),
         formats.count(cell.cost.backwards),

@@ -108,9 +108,9 @@ def _spread(logits: Tensor, y: Tensor) -> Tensor:
     """Returns the indices of samples that are classified rightly, from the narrowest margin to the widest."""
     top = logits.topk(2).values
     right = (logits.argmax(1) == y).nonzero().flatten()
-    ordered = right[(top[:, 0] - top[:, 1])[right].argsort()]
+    ordered: Tensor = right[(top[:, 0] - top[:, 1])[right].argsort()]
     narrow_first = torch.linspace(0, 1, SAMPLES).square() * (len(ordered) - 1)
-    return ordered.index_select(0, narrow_first.long())
+    return ordered[narrow_first.long()]
 
 
 def _images(count: int) -> tuple[Tensor, Tensor]:
@@ -135,8 +135,9 @@ class LinearScene(Scene):
     def distances(self, norm: str) -> Tensor:
         """Returns (20,) the smallest distance to the other class in linf, l2 or l1; no bound is in the way."""
         dual = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
+        length: Tensor = torch.linalg.vector_norm(self.weight, ord=dual)
         logits = self.target.logits(self.x).detach()
-        return (logits[:, 1] - logits[:, 0]).abs() / torch.linalg.vector_norm(self.weight, ord=dual)
+        return (logits[:, 1] - logits[:, 0]).abs() / length
 
 
 def linear() -> LinearScene:

@@ -90,6 +90,7 @@ def test_parameters(canonical: str, params: dict, threat: ThreatModel, name: str
     [
         ("pgd", {"restarts": 2}, "linf", "foolbox cannot honour restarts = 2: .* set restarts = 1"),
         ("pgd", {"steps": 0}, "linf", "foolbox cannot honour steps = 0: expected at least 1"),
+        ("bim", {"step_size": -0.1}, "l1", "foolbox cannot honour step_size = -0.1: expected at least 0"),
         ("cw", {}, "linf", "foolbox has the attack 'cw' only for l2, and the threat is linf"),
     ],
 )
@@ -134,4 +135,4 @@ def test_deepfool_goes_a_little_further_than_torchattacks() -> None:
     x = torch.rand(16, 3, 4, 4)
     results = [_run(library, "deepfool", {}, threat) for library in ("foolbox", "torchattacks")]
     distances = [(result - x).flatten(1).norm(dim=1) for result in results]
-    assert torch.allclose(distances[0], distances[1] + 1.02e-4, atol=1e-6)
+    assert torch.allclose(distances[0], distances[1] + 1.02e-4, atol=3e-5)

@@ -82,6 +82,14 @@ def test_no_rounding_out_of_ball_and_box(bounds: tuple[float, float], name: str,
     assert x_adv.min() >= bounds[0] and x_adv.max() <= bounds[1]
 
 
+def test_no_rounding_out_of_the_box_where_the_ball_is_wider() -> None:
+    """Foolbox's clipping adds the change to the sample again: -2.1 + (2.64 + 2.1) need not be 2.64."""
+    bounds = (-2.1171875, 2.640625)
+    x = images(64) * 4.7 - 2.1
+    x_adv = run("l2-fast-gradient", network(), x, ThreatModel("l2", 1000.0, bounds)).x_adv
+    assert x_adv.min() == bounds[0] and x_adv.max() == bounds[1]
+
+
 @pytest.mark.parametrize(
     ("name", "threat", "params"),
     [
@@ -137,8 +145,9 @@ def test_where_a_minimal_attack_finds_nothing_the_sample_is_the_clean_one(name: 
     """The library leaves an image of zeros there, and claims success where that happens to be of another class."""
     x, module = images(), network()
     norm = "l1" if name == "ead" else "l2"
-    found = run(name, module, x, ThreatModel(norm), steps=1, binary_search_steps=1, initial_const=1e-9)
-    lucky = module(torch.zeros_like(x)).argmax(1) != module(x).argmax(1)
+    threat = ThreatModel(norm, targeted=True)
+    found = run(name, module, x, threat, steps=1, binary_search_steps=1, initial_const=1e-9)
+    lucky = module(torch.zeros_like(x)).argmax(1) == (module(x).argmax(1) + 1) % 6
     assert torch.equal(found.claim, lucky) and not lucky.all()
     assert torch.equal(found.x_adv[~lucky], x[~lucky])
 

@@ -174,6 +174,16 @@ def write_gradients(module: nn.Module) -> None:
     module(torch.rand(4, 1, 4, 4)).sum().backward()
 
 
+def replace_weights(module: nn.Module) -> None:
+    out = next(part for part in module.modules() if isinstance(part, nn.Linear))
+    out.weight = nn.Parameter(torch.zeros_like(out.weight))
+
+
+def leave_a_hook(module: nn.Module) -> None:
+    out = next(part for part in module.modules() if isinstance(part, nn.Linear))
+    out.register_forward_hook(lambda part, inputs, output: output * 0)
+
+
 @pytest.mark.parametrize(
     ("mischief", "note"),
     [
@@ -183,11 +193,25 @@ def write_gradients(module: nn.Module) -> None:
         (lambda module: module.train(), "mode of"),
         (lambda module: [p.requires_grad_(True) for p in module.parameters()], "requires_grad"),
         (write_gradients, ".grad of"),
+        (replace_weights, "parameters of"),
+        (leave_a_hook, "forward hooks of"),
         (lambda module: torch.manual_seed(1), "random numbers"),
         (lambda module: np.random.seed(1), "random numbers"),
         (lambda module: random.seed(1), "random numbers"),
     ],
-    ids=["data", "in-place", "buffers", "mode", "requires-grad", "grad", "torch-seed", "numpy-seed", "random-seed"],
+    ids=[
+        "data",
+        "in-place",
+        "buffers",
+        "mode",
+        "requires-grad",
+        "grad",
+        "replaced",
+        "hook",
+        "torch-seed",
+        "numpy-seed",
+        "random-seed",
+    ],
 )
 def test_tampering_is_undone_and_noted(case: Case, mischief: Any, note: str) -> None:
     def tampering(target: Target, x: Tensor, y: Tensor) -> Perturbed:

@@ -182,14 +182,14 @@ class ClaimsScoresQuietly(Honest):
 
 class ClaimsLabels(Honest):
     def direction(self, target, x, labels, rng):
-        """The sign of finite differences of the label's log-probability."""
+        """Each row of pixels the way that lowers the label's log-probability."""
         direction = torch.zeros_like(x)
-        for row, column in np.ndindex(8, 8):
+        for row in range(8):
             probe = x.clone()
-            probe[:, 0, row, column] += 0.01
+            probe[:, 0, row] += 0.01
             with torch.no_grad():
                 own = [target.logits(z).log_softmax(1).gather(1, labels[:, None])[:, 0] for z in (x, probe)]
-            direction[:, 0, row, column] = (own[0] - own[1]).sign()
+            direction[:, 0, row] = (own[0] - own[1]).sign()[:, None]
         return direction
 
 

@@ -10,6 +10,7 @@ import importlib.metadata as metadata
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def can(
 _BALL = ("linf", "l2", "l1")
 _DECISION: dict[str, Any] = {"budget": "minimal", "needs": "labels", "stochastic": True}
 
+# CarliniLInfMethod takes any other class for success, also where one is to be reached; SignOPTAttack reaches a class
+# only from examples of it that it must be given.
 CAPABILITIES: dict[str, dict[str, Any]] = {
     "FastGradientMethod": can(*_BALL, stochastic=True, canonical="fgsm"),
     "ProjectedGradientDescent": can(*_BALL, stochastic=True),
@@ -169,7 +172,8 @@ def _offered(name: str, module: str, flags: dict[str, Any]) -> dict[str, Any]:
         for key, item in inspect.signature(attack.__init__).parameters.items()
         if key not in DECIDED or (name, key) in OWN
     }
-    summary = " ".join((inspect.getdoc(attack) or "").partition("\n\n")[0].partition("|")[0].split())
+    text = " ".join((inspect.getdoc(attack) or "").partition("\n\n")[0].partition("|")[0].split())
+    summary = re.split(r"(?<=\.) (?=[A-Z])", text)[0]
     return {**_identity(name, module), "summary": summary, "params": params, **flags}
 
 

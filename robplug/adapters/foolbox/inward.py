@@ -97,7 +97,7 @@ class FoolboxAttack(ForeignAttack):
         clean = x
         if self._name in UNIT_BOX:
             model = model.transform_bounds((0, 1))
-            clean, eps = _to_unit(x, threat.bounds), eps and _unit_eps(eps, threat.bounds)
+            clean, eps = _to_unit(x, threat.bounds), eps and eps / (threat.bounds[1] - threat.bounds[0])
         with seeded_globals(rng.batch_seed()):
             raw, found, claim = self._call(model, clean, labels, threat.targeted, eps, threat.norm)
         found = _no_rounding_out(raw, found, model.bounds)
@@ -152,11 +152,6 @@ def _from_unit(x: Tensor, found: Tensor, bounds: tuple[float, float]) -> Tensor:
     x_adv = x + (found - _to_unit(x, bounds)) * (high - low)
     # only the rounding of the map is taken back: what lay outside the box before it stays outside
     return torch.where((found >= 0) & (found <= 1), x_adv.clamp(low, high), x_adv)
-
-
-def _unit_eps(eps: float, bounds: tuple[float, float]) -> float:
-    # the library may overstep by the rounding of its last addition, at most 2 ** -25, which the map back would enlarge
-    return eps if bounds == (0.0, 1.0) else max(eps / (bounds[1] - bounds[0]) - 2.0**-25, 0.0)
 
 
 @functools.cache

@@ -55,8 +55,10 @@ def apgd(settings: canonical.APGD, threat: ThreatModel) -> dict[str, Any]:
 
 
 def square(settings: canonical.Square, threat: ThreatModel) -> dict[str, Any]:
-    """Square, on the margin."""
-    return {"n_queries": settings.queries, "p_init": settings.p_init, "loss": "margin"}
+    """Square, on the margin; the start is a query that it does not count."""
+    if settings.queries < 2:
+        _refuse("queries", settings.queries, "expected at least 2: the stripes of the start and one square")
+    return {"n_queries": settings.queries - 1, "p_init": settings.p_init, "loss": "margin"}
 
 
 def _steps(
@@ -65,6 +67,8 @@ def _steps(
     """Translates steps and step size; None is ``share`` * eps / steps."""
     if settings.steps < 1:
         _refuse("steps", settings.steps, "expected at least 1")
+    if settings.step_size is not None and settings.step_size < 0:
+        _refuse("step_size", settings.step_size, "expected at least 0")
     step_size = share * radius(threat) / settings.steps if settings.step_size is None else settings.step_size
     return {"steps": settings.steps, "alpha": step_size / _scale(threat)}
 

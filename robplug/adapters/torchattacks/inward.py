@@ -20,7 +20,7 @@ from robplug.attacks import radius
 from robplug.errors import InputError, ThreatError
 from robplug.inputs import check_batch
 from robplug.isolation import ModuleState, seeded_globals
-from robplug.targets import Target, evaluation_mode
+from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class TorchattacksAttack(ForeignAttack):
         before = ModuleState(target.module)
         seed = rng.batch_seed()
         try:
-            with evaluation_mode(target.module), seeded_globals(seed):
+            with seeded_globals(seed):
                 attack = self._make(target, x, threat, seed)
                 found = attack(_to_unit(x, threat.bounds).reshape(_image_shape(x)), labels)
         finally:
@@ -75,7 +75,7 @@ class TorchattacksAttack(ForeignAttack):
         known = inspect.signature(self.foreign).parameters
         decided: dict[str, Any] = {"norm": NORMS.get(threat.norm), "seed": seed % (1 << 31), "verbose": False}
         if self.entry["budget"] == "fixed":
-            decided["eps"] = decided["max_epsilon"] = _unit_eps(threat)
+            decided["eps"] = decided["max_epsilon"] = radius(threat) / (threat.bounds[1] - threat.bounds[0])
         if "n_classes" in known:
             decided["n_classes"] = target.count_classes(x)
         attack = self.foreign(
@@ -124,14 +124,6 @@ def _from_unit(x: Tensor, found: Tensor, bounds: tuple[float, float]) -> Tensor:
     x_adv = x + (found - _to_unit(x, bounds)) * (high - low)
     # only the rounding of the map is taken back: what lay outside the box before it stays outside
     return torch.where((found >= 0) & (found <= 1), x_adv.clamp(low, high), x_adv)
-
-
-def _unit_eps(threat: ThreatModel) -> float:
-    eps = radius(threat)
-    if threat.bounds == (0.0, 1.0):
-        return eps
-    # the library may overstep by the rounding of its last addition, at most 2 ** -25, which the map back would enlarge
-    return max(eps / (threat.bounds[1] - threat.bounds[0]) - 2.0**-25, 0.0)
 
 
 @functools.cache

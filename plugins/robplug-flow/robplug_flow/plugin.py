@@ -1,0 +1,1 @@
+"""What robplug-flow offers to the host."""

@@ -125,16 +125,16 @@ def test_damaged_gzip_is_refused(tmp_path: Path, images: np.ndarray, size: int) 
     write_mnist(tmp_path, images, LABELS, packed=True)
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match="a whole gzip or plain file .*t10k-images-idx3-ubyte.gz"):
+    with pytest.raises(InputError, match=r"a whole gzip or plain file .*t10k-images-idx3-ubyte.gz"):
         robplug.dataset("mnist", root=str(tmp_path))
 
 
 def test_mnist_files_that_do_not_belong_together_are_refused(tmp_path: Path, images: np.ndarray) -> None:
     write_mnist(tmp_path, images, LABELS[:4])
-    with pytest.raises(InputError, match="5 labels in .*, got 4"):
+    with pytest.raises(InputError, match=r"5 labels in .*, got 4"):
         robplug.dataset("mnist", root=str(tmp_path))
     write_mnist(tmp_path, images, LABELS + np.uint8(7))
-    with pytest.raises(InputError, match="labels 0 to 9 in .*, got 12"):
+    with pytest.raises(InputError, match=r"labels 0 to 9 in .*, got 12"):
         robplug.dataset("mnist", root=str(tmp_path))
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(InputError, match=r"the file .*t10k-labels-idx1-ubyte, got no such file; the MNIST page"):
@@ -232,10 +232,10 @@ def test_truncated_npz_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.npz"
     np.savez(path, x=GOOD_X, y=GOOD_Y)
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(InputError, match="a numpy archive .*mine.npz"):
+    with pytest.raises(InputError, match=r"a numpy archive .*mine.npz"):
         robplug.dataset("npz", root=str(path))
     np.save(tmp_path / "one.npy", GOOD_X)
-    with pytest.raises(InputError, match="a numpy archive .*one.npy"):
+    with pytest.raises(InputError, match=r"a numpy archive .*one.npy"):
         robplug.dataset("npz", root=str(tmp_path / "one.npy"))
 
 

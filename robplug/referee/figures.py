@@ -46,6 +46,7 @@ POINTS = 300  # of a step curve
 NAME = 56  # characters that fit into a figure
 
 
+@matplotlib.rc_context(STYLE)
 def curve(
     cases: Sequence[WorstCase], cells: Sequence[CellSummary], stored: dict[str, StoredCell], summary: Summary
 ) -> str:
@@ -147,6 +148,7 @@ def _labels(ends: list[tuple[float, int]], gap: float = 0.045, shown: int = 3) -
     return texts
 
 
+@matplotlib.rc_context(STYLE)
 def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summary: Summary) -> str:
     """Draws, for each attack on one subject, how far its adversarial examples are.
 
@@ -226,21 +228,19 @@ def _radius_axis(axes: Any, radii: list[float], limit: float, name: str) -> None
 
 
 def _canvas(height: float, **margins: float) -> tuple[Figure, Any]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.patch.set_visible(False)
-        figure.subplots_adjust(**margins)
-        axes.tick_params(length=2.5, width=0.6, labelsize=9.5)
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    figure.patch.set_visible(False)
+    axes = figure.add_subplot()
+    axes.patch.set_visible(False)
+    figure.subplots_adjust(**margins)
+    axes.tick_params(length=2.5, width=0.6, labelsize=9.5)
     return figure, axes
 
 
 def _svg(figure: Figure, title: str) -> str:
     """Returns the figure as an element to stand in a page: no prologue, no metadata, no style of its own."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)

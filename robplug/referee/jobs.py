@@ -74,7 +74,19 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
         key = cell_key(cell, identity, plan.chunk, plan.batch_size)
         attack = registry.attack(cell.spec.name, **cell.params)
         jobs.append(Job(cell, key, identity, attack, target, dataset, registry.norm(cell.threat.norm)))
+    _check_distinct(jobs, where)
     return jobs
+
+
+def _check_distinct(jobs: list[Job], where: str) -> None:
+    """Refuses a plan that does the same twice: both would be stored in one place."""
+    first: dict[str, Cell] = {}
+    for job in jobs:
+        other = first.setdefault(job.key, job.cell)
+        if other is not job.cell:
+            one, two = (f"{cell.target.name}: {cell.label}" for cell in (other, job.cell))
+            problem = f"{one!r} and {two!r} are the same model, attack and parameters; remove one of them"
+            raise PlanError(where, problem)
 
 
 def _counted(target: Target, data: Dataset, device: str) -> Target:

@@ -78,7 +78,7 @@ def run_plan(
     hear = progress or _Silent()
     with store.locked(), _polite_interrupt(store.path) as stop:
         jobs = prepare(settings, registry, where)
-        store.write_run(provenance(settings, where))
+        store.write_run({**provenance(settings, where), "cells": [job.key for job in jobs]})
         hear.begin(sum(len(job.dataset) for job in jobs))
         clean = CleanPredictions(settings.batch_size)
         for number, job in enumerate(jobs):

@@ -35,12 +35,12 @@ def arrays(count: int = 30) -> tuple[np.ndarray, np.ndarray]:
     return rng.random((count, 3, 2, 2), dtype=np.float32), rng.integers(0, 3, count)
 
 
-def estimator(model: nn.Module, optimizer: str = "Adam", **changes: Any) -> PyTorchClassifier:
+def estimator(model: nn.Module, kind: str = "Adam", **changes: Any) -> PyTorchClassifier:
     options: dict[str, Any] = {
         "loss": nn.CrossEntropyLoss(),
         "input_shape": (3, 2, 2),
         "nb_classes": 3,
-        "optimizer": getattr(torch.optim, optimizer)(model.parameters(), lr=0.01, weight_decay=0.1),
+        "optimizer": getattr(torch.optim, kind)(model.parameters(), lr=0.01, weight_decay=0.1),
         "clip_values": (0.0, 1.0),
         "device_type": "cpu",
     }

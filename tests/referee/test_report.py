@@ -138,6 +138,8 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
     reader = _Reader(path.read_text(encoding="utf-8"))
     assert "script" not in reader.tags
     assert reader.text.count(EVIL) > 15
+    drawings = re.findall(r"<svg.*?</svg>", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert "$x_1$" in _Reader(drawings[-1]).text  # and is no formula
     assert not [value for name, value in reader.attributes if "alert" in value and name not in ("content", "alt")]
 
 

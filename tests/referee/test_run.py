@@ -207,6 +207,12 @@ def test_errors_of_a_plan_come_before_anything_runs(tmp_path: Path) -> None:
         robplug.evaluate({**PLAN, "targets": [bad]}, out=tmp_path / "a")
 
 
+def test_a_plan_that_does_the_same_twice_is_refused(tmp_path: Path) -> None:
+    twice = [{"name": "a", "make": "robplug/digits-standard"}, {"name": "b", "make": "robplug/digits-standard"}]
+    with pytest.raises(PlanError, match="'a: robplug/pgd' and 'b: robplug/pgd' are the same model"):
+        robplug.evaluate({**PLAN, "targets": twice}, out=tmp_path)
+
+
 def test_dry_run_prints_cells_and_work(tmp_path: Path) -> None:
     plan = toml(tmp_path / "plan.toml")
     done = command("run", plan, "--out", tmp_path / "out", "--dry-run", env={**os.environ, "COLUMNS": "160"})

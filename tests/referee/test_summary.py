@@ -231,9 +231,10 @@ def test_only_harmonised_attacks_of_one_name_are_peers(tmp_path: Path) -> None:
         MadeCell("rr", label="pgd · art"),
         MadeCell("bb", label="fgsm · art"),
         MadeCell("bb", label="foolbox/pgd", mode="as-shipped"),
+        MadeCell("rr", label="torchattacks/pgd", mode="as-shipped"),
         MadeCell("bb", label="pgd · foolbox", params_passed={"steps": 3}),
     )
-    assert _against(_summary(tmp_path, *cells)) == [0, 0, 0, 0]
+    assert _against(_summary(tmp_path, *cells)) == [0, 0, 0, 0, 0]
 
 
 def test_silent_successes_notes_and_cost_are_added_up(tmp_path: Path) -> None:
@@ -364,6 +365,15 @@ def test_rows_of_chunks_that_are_not_recorded_do_not_count(tmp_path: Path) -> No
     path.write_text(json.dumps(record), encoding="utf-8")
     (cell,) = summarise(load_run(run)).cells
     assert (cell.samples, cell.expected, cell.broken) == (4, 8, 0)
+
+
+def test_rows_are_in_the_order_of_samples(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [MadeCell("rrrrbbbb")])
+    path = next(run.glob("cells/*/cell.json"))
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["chunks"].reverse()  # as after an interruption
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert [row["sample"] for row in Results(run).rows()] == list(range(8))
 
 
 def test_numbers_need_no_torch() -> None:

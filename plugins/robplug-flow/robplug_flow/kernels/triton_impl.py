@@ -1,0 +1,338 @@
+"""The kernels in Triton, for CUDA: same names, arguments and results as in ``reference.py``.
+
+A program works on BLOCK pixels of one image and goes through its channels. Offsets into a batch are int64, those
+inside of one image's pixel count int32. Sums over pixels leave as one partial sum a program, so that their order is
+fixed; only `warp_adjoint` adds atomically.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from robplug_flow.kernels.reference import SOFTENING, accumulator
+
+BLOCK = 512
+
+
+@triton.jit
+def _pixels(height, width, BLOCK: tl.constexpr):
+    """Returns the image (int64), the block in it, and row, column and existence of the block's pixels."""
+    blocks = tl.cdiv(height * width, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    return n, block, pixel // width, pixel % width, pixel < height * width
+
+
+@triton.jit
+def _at(row, col, stride_h, stride_w):
+    return row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w
+
+
+@triton.jit
+def _neighbours(offset, position, size):
+    """Returns both neighbours of position + offset and the weight of the second; see the reference."""
+    # where, not minimum: a NaN stays
+    offset = tl.where(offset > size, size, tl.where(offset < -size, -size, offset))
+    whole = tl.floor(offset)
+    weight = offset - whole
+    first = position + tl.where(whole == whole, whole, 0.0).to(tl.int32)
+    second = tl.minimum(tl.maximum(first + 1, 0), size - 1)
+    return tl.minimum(tl.maximum(first, 0), size - 1), second, weight
+
+
+@triton.jit
+def _taps(flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC: tl.constexpr):
+    """Returns rows and columns of the four corners, and the weights of the lower and of the right ones."""
+    flow += n * f_n + _at(row, col, f_h, f_w)
+    upper, lower, down = _neighbours(tl.load(flow, mask=inside, other=0.0).to(ACC), row, height)
+    left, right, along = _neighbours(tl.load(flow + f_c, mask=inside, other=0.0).to(ACC), col, width)
+    return upper, lower, left, right, down, along
+
+
+@triton.jit
+def _warp_kernel(
+    x, flow, out, channels, height, width,
+    x_n, x_c, x_h, x_w, f_n, f_c, f_h, f_w, o_n, o_c, o_h, o_w,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, _, row, col, inside = _pixels(height, width, BLOCK)
+    upper, lower, left, right, down, along = _taps(
+        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC
+    )
+    upper_left, upper_right = _at(upper, left, x_h, x_w), _at(upper, right, x_h, x_w)
+    lower_left, lower_right = _at(lower, left, x_h, x_w), _at(lower, right, x_h, x_w)
+    x += n * x_n
+    out += n * o_n + _at(row, col, o_h, o_w)
+    for _c in range(channels):
+        ul = tl.load(x + upper_left, mask=inside, other=0.0).to(ACC)
+        ur = tl.load(x + upper_right, mask=inside, other=0.0).to(ACC)
+        ll = tl.load(x + lower_left, mask=inside, other=0.0).to(ACC)
+        lr = tl.load(x + lower_right, mask=inside, other=0.0).to(ACC)
+        top = ul + along * (ur - ul)
+        bottom = ll + along * (lr - ll)
+        tl.store(out, (top + down * (bottom - top)).to(out.dtype.element_ty), mask=inside)
+        x += x_c
+        out += o_c
+
+
+@triton.jit
+def _warp_adjoint_kernel(
+    g, flow, out, channels, height, width,
+    g_n, g_c, g_h, g_w, f_n, f_c, f_h, f_w, o_n, o_c, o_h, o_w,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, _, row, col, inside = _pixels(height, width, BLOCK)
+    upper, lower, left, right, down, along = _taps(
+        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC
+    )
+    upper_left, upper_right = _at(upper, left, o_h, o_w), _at(upper, right, o_h, o_w)
+    lower_left, lower_right = _at(lower, left, o_h, o_w), _at(lower, right, o_h, o_w)
+    g += n * g_n + _at(row, col, g_h, g_w)
+    out += n * o_n
+    for _c in range(channels):
+        here = tl.load(g, mask=inside, other=0.0).to(ACC)
+        bottom = here * down
+        top = here - bottom
+        tl.atomic_add(out + upper_left, top - top * along, mask=inside)
+        tl.atomic_add(out + upper_right, top * along, mask=inside)
+        tl.atomic_add(out + lower_left, bottom - bottom * along, mask=inside)
+        tl.atomic_add(out + lower_right, bottom * along, mask=inside)
+        g += g_c
+        out += o_c
+
+
+@triton.jit
+def _warp_flow_gradient_kernel(
+    g, x, flow, out, channels, height, width,
+    g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, f_n, f_c, f_h, f_w, o_n, o_c, o_h, o_w,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # d/d down = (ll - ul) + along * ((lr - ur) - (ll - ul)); d/d along = (ur - ul) + down * ((lr - ll) - (ur - ul))
+    n, _, row, col, inside = _pixels(height, width, BLOCK)
+    upper, lower, left, right, down, along = _taps(
+        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC
+    )
+    upper_left, upper_right = _at(upper, left, x_h, x_w), _at(upper, right, x_h, x_w)
+    lower_left, lower_right = _at(lower, left, x_h, x_w), _at(lower, right, x_h, x_w)
+    x += n * x_n
+    g += n * g_n + _at(row, col, g_h, g_w)
+    by_row = tl.zeros([BLOCK], dtype=ACC)
+    by_col = tl.zeros([BLOCK], dtype=ACC)
+    for _c in range(channels):
+        ul = tl.load(x + upper_left, mask=inside, other=0.0).to(ACC)
+        ur = tl.load(x + upper_right, mask=inside, other=0.0).to(ACC)
+        ll = tl.load(x + lower_left, mask=inside, other=0.0).to(ACC)
+        lr = tl.load(x + lower_right, mask=inside, other=0.0).to(ACC)
+        here = tl.load(g, mask=inside, other=0.0).to(ACC)
+        by_row += here * ((ll - ul) + along * ((lr - ur) - (ll - ul)))
+        by_col += here * ((ur - ul) + down * ((lr - ll) - (ur - ul)))
+        x += x_c
+        g += g_c
+    out += n * o_n + _at(row, col, o_h, o_w)
+    tl.store(out, by_row.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + o_c, by_col.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _slopes(
+    x, g, channels, row, col, inside, height, width, x_c, x_h, x_w, g_c, g_h, g_w,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Returns sum_c g_c D_row x_c and sum_c g_c D_col x_c at the given pixels; x and g point at the image."""
+    below, beside = inside & (row + 1 < height), inside & (col + 1 < width)
+    x += _at(row, col, x_h, x_w)
+    g += _at(row, col, g_h, g_w)
+    by_row = tl.zeros([BLOCK], dtype=ACC)
+    by_col = tl.zeros([BLOCK], dtype=ACC)
+    for _c in range(channels):
+        value = tl.load(x, mask=inside, other=0.0).to(ACC)
+        upstream = tl.load(g, mask=inside, other=0.0).to(ACC)
+        next_row = tl.load(x + x_h, mask=below, other=0.0).to(ACC)
+        next_col = tl.load(x + x_w, mask=beside, other=0.0).to(ACC)
+        by_row += tl.where(below, upstream * (next_row - value), 0.0)
+        by_col += tl.where(beside, upstream * (next_col - value), 0.0)
+        x += x_c
+        g += g_c
+    return by_row, by_col
+
+
+@triton.jit
+def _penalty_kernel(
+    x, g, partial, channels, height, width,
+    x_n, x_c, x_h, x_w, g_n, g_c, g_h, g_w, p_n, p_b, p_k,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, block, row, col, inside = _pixels(height, width, BLOCK)
+    by_row, by_col = _slopes(
+        x + n * x_n, g + n * g_n, channels, row, col, inside, height, width, x_c, x_h, x_w, g_c, g_h, g_w, ACC, BLOCK
+    )
+    partial += n * p_n + block.to(tl.int64) * p_b
+    tl.store(partial, tl.sum(by_row * by_row, axis=0))
+    tl.store(partial + p_k, tl.sum(by_col * by_col, axis=0))
+
+
+@triton.jit
+def _penalty_gradient_kernel(
+    scale, x, g, grad_x, grad_g, channels, height, width,
+    s_n, s_k, x_n, x_c, x_h, x_w, g_n, g_c, g_h, g_w, a_n, a_c, a_h, a_w, b_n, b_c, b_h, b_w,
+    NEED_X: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # a = scale_row * sum_c g_c D_row x_c, b likewise along columns;
+    # d/dg_c(p) = a(p) D_row x_c(p) + b(p) D_col x_c(p)
+    # d/dx_c(p) = a(p - row) g_c(p - row) - a(p) g_c(p) + b(p - col) g_c(p - col) - b(p) g_c(p)
+    n, _, row, col, inside = _pixels(height, width, BLOCK)
+    x += n * x_n
+    g += n * g_n
+    scale_row = tl.load(scale + n * s_n)
+    scale_col = tl.load(scale + n * s_n + s_k)
+    below, beside = inside & (row + 1 < height), inside & (col + 1 < width)
+    above, before = inside & (row > 0), inside & (col > 0)
+    a, b = _slopes(x, g, channels, row, col, inside, height, width, x_c, x_h, x_w, g_c, g_h, g_w, ACC, BLOCK)
+    a, b = scale_row * a, scale_col * b
+    if NEED_X:
+        a_above, _unused = _slopes(
+            x, g, channels, row - 1, col, above, height, width, x_c, x_h, x_w, g_c, g_h, g_w, ACC, BLOCK
+        )
+        _unused, b_before = _slopes(
+            x, g, channels, row, col - 1, before, height, width, x_c, x_h, x_w, g_c, g_h, g_w, ACC, BLOCK
+        )
+        a_above, b_before = scale_row * a_above, scale_col * b_before
+        grad_x += n * a_n + _at(row, col, a_h, a_w)
+    x += _at(row, col, x_h, x_w)
+    g += _at(row, col, g_h, g_w)
+    grad_g += n * b_n + _at(row, col, b_h, b_w)
+    for _c in range(channels):
+        value = tl.load(x, mask=inside, other=0.0).to(ACC)
+        next_row = tl.load(x + x_h, mask=below, other=0.0).to(ACC)
+        next_col = tl.load(x + x_w, mask=beside, other=0.0).to(ACC)
+        change = tl.where(below, a * (next_row - value), 0.0) + tl.where(beside, b * (next_col - value), 0.0)
+        tl.store(grad_g, change.to(grad_g.dtype.element_ty), mask=inside)
+        if NEED_X:
+            here = tl.load(g, mask=inside, other=0.0).to(ACC)
+            g_above = tl.load(g - g_h, mask=above, other=0.0).to(ACC)
+            g_before = tl.load(g - g_w, mask=before, other=0.0).to(ACC)
+            change = a_above * g_above - a * here + b_before * g_before - b * here
+            tl.store(grad_x, change.to(grad_x.dtype.element_ty), mask=inside)
+            g += g_c
+            grad_x += a_c
+        x += x_c
+        grad_g += b_c
+
+
+@triton.jit
+def _smoothness_kernel(
+    flow, partial, gradient, height, width,
+    f_n, f_c, f_h, f_w, p_n, p_b, o_n, o_c, o_h, o_w,
+    SOFTENING: tl.constexpr, DIAGONAL: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # gradient(p) = sum over neighbours q of 2 (flow(p) - flow(q)) / root: the pair stands in the sum as (p, q) and (q, p)
+    n, block, row, col, inside = _pixels(height, width, BLOCK)
+    flow += n * f_n
+    here = flow + _at(row, col, f_h, f_w)
+    u = tl.load(here, mask=inside, other=0.0).to(ACC)
+    v = tl.load(here + f_c, mask=inside, other=0.0).to(ACC)
+    total = tl.zeros([BLOCK], dtype=ACC)
+    pull_u = tl.zeros([BLOCK], dtype=ACC)
+    pull_v = tl.zeros([BLOCK], dtype=ACC)
+    for k in tl.static_range(4):
+        # diagonal: (-1, -1) (1, -1) (-1, 1) (1, 1); adjacent: (-1, 0) (1, 0) (0, -1) (0, 1)
+        if DIAGONAL:
+            row_q, col_q = row + (2 * (k % 2) - 1), col + (2 * (k // 2) - 1)
+        else:
+            row_q, col_q = row + (2 * (k % 2) - 1) * (1 - k // 2), col + (2 * (k % 2) - 1) * (k // 2)
+        exists = inside & (row_q >= 0) & (row_q < height) & (col_q >= 0) & (col_q < width)
+        there = flow + _at(row_q, col_q, f_h, f_w)
+        du = u - tl.load(there, mask=exists, other=0.0).to(ACC)
+        dv = v - tl.load(there + f_c, mask=exists, other=0.0).to(ACC)
+        root = tl.sqrt(du * du + dv * dv + SOFTENING)
+        total += tl.where(exists, root, 0.0)
+        pull_u += tl.where(exists, 2 * du / root, 0.0)
+        pull_v += tl.where(exists, 2 * dv / root, 0.0)
+    tl.store(partial + n * p_n + block.to(tl.int64) * p_b, tl.sum(total, axis=0))
+    gradient += n * o_n + _at(row, col, o_h, o_w)
+    tl.store(gradient, pull_u.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + o_c, pull_v.to(gradient.dtype.element_ty), mask=inside)
+
+
+def warp(x: Tensor, flow: Tensor, block: int = BLOCK) -> Tensor:
+    """See `robplug_flow.kernels.reference.warp`."""
+    out = torch.empty_like(x)
+    strides = (*x.stride(), *flow.stride(), *out.stride())
+    _launch(_warp_kernel, x, block, x, flow, out, *x.shape[1:], *strides, ACC=_acc(x, flow))
+    return out
+
+
+def warp_adjoint(g: Tensor, flow: Tensor, block: int = BLOCK) -> Tensor:
+    """See `robplug_flow.kernels.reference.warp_adjoint`; adds atomically, in no fixed order."""
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        remedy = "detach x, or use torch.use_deterministic_algorithms(True, warn_only=True)"
+        raise RuntimeError(f"expected a deterministic gradient of warp in x, got atomic additions on CUDA; {remedy}")
+    out = torch.zeros_like(g, dtype=accumulator(g, flow))
+    strides = (*g.stride(), *flow.stride(), *out.stride())
+    _launch(_warp_adjoint_kernel, g, block, g, flow, out, *g.shape[1:], *strides, ACC=_acc(g, flow))
+    return out.to(g.dtype)
+
+
+def warp_flow_gradient(g: Tensor, x: Tensor, flow: Tensor, block: int = BLOCK) -> Tensor:
+    """See `robplug_flow.kernels.reference.warp_flow_gradient`."""
+    out = torch.empty_like(flow)
+    strides = (*g.stride(), *x.stride(), *flow.stride(), *out.stride())
+    _launch(_warp_flow_gradient_kernel, x, block, g, x, flow, out, *x.shape[1:], *strides, ACC=_acc(g, x, flow))
+    return out
+
+
+def flow_gradient_penalty(x: Tensor, g: Tensor, kappa_row: float, kappa_col: float, block: int = BLOCK) -> Tensor:
+    """See `robplug_flow.kernels.reference.flow_gradient_penalty`."""
+    partial = x.new_empty((len(x), _blocks(x, block), 2), dtype=accumulator(x, g))
+    strides = (*x.stride(), *g.stride(), *partial.stride())
+    _launch(_penalty_kernel, x, block, x, g, partial, *x.shape[1:], *strides, ACC=_acc(x, g))
+    by_row, by_col = partial.sum(1).unbind(1)
+    return kappa_row**2 * by_row + kappa_col**2 * by_col
+
+
+def flow_gradient_penalty_gradient(
+    u: Tensor, x: Tensor, g: Tensor, kappa_row: float, kappa_col: float, need_x: bool, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """See `robplug_flow.kernels.reference.flow_gradient_penalty_gradient`."""
+    grad_x, grad_g = torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(g)
+    scale = torch.stack([2 * kappa_row**2 * u, 2 * kappa_col**2 * u], dim=1).to(accumulator(x, g))
+    x_strides = grad_x.stride() if need_x else (0, 0, 0, 0)
+    strides = (*scale.stride(), *x.stride(), *g.stride(), *x_strides, *grad_g.stride())
+    tensors = (scale, x, g, grad_x, grad_g)
+    _launch(_penalty_gradient_kernel, x, block, *tensors, *x.shape[1:], *strides, NEED_X=need_x, ACC=_acc(x, g))
+    return grad_x, grad_g
+
+
+def flow_smoothness(flow: Tensor, neighbours: str, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """See `robplug_flow.kernels.reference.flow_smoothness`."""
+    partial = flow.new_empty((len(flow), _blocks(flow, block)), dtype=accumulator(flow))
+    gradient = torch.empty_like(flow)
+    strides = (*flow.stride(), *partial.stride(), *gradient.stride())
+    constants = {"SOFTENING": SOFTENING, "DIAGONAL": neighbours == "diagonal", "ACC": _acc(flow)}
+    _launch(_smoothness_kernel, flow, block, flow, partial, gradient, *flow.shape[2:], *strides, **constants)
+    return partial.sum(1), gradient
+
+
+def _acc(*tensors: Tensor) -> tl.dtype:
+    return tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
+
+
+def _blocks(images: Tensor, block: int) -> int:
+    return triton.cdiv(images.shape[2] * images.shape[3], block)
+
+
+def _launch(kernel: Any, images: Tensor, block: int, *args: Any, **constants: Any) -> None:
+    """Launches a program for each block of pixels of each image, on the images' device."""
+    if images.shape[2] * images.shape[3] >= 2**31 - block:
+        size = f"{images.shape[2]}x{images.shape[3]}"
+        raise ValueError(f"expected images of fewer than 2**31 pixels, got {size}; cut them into tiles")
+    programs = len(images) * _blocks(images, block)
+    if programs:
+        with torch.cuda.device_of(images):
+            kernel[(programs,)](*args, BLOCK=block, **constants)

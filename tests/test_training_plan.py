@@ -1,0 +1,96 @@
+"""Training plans: what they train, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import robplug
+from robplug.errors import PlanError
+from robplug.training_plan import load_train_plan, run_train_plan
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+PLAN = """
+model = "robplug/digits-cnn"
+epochs = 1
+batch_size = 64
+out = "OUT"
+
+[dataset]
+name = "digits"
+samples = 200
+
+[[defenses]]
+name = "robplug/at"
+eps = "51/255"
+steps = 1
+"""
+
+
+def test_a_plan_trains_and_can_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for number in range(2):
+        plan = tmp_path / f"{number}.toml"
+        plan.write_text(PLAN.replace("OUT", str(tmp_path / f"out{number}")))
+        torch.manual_seed(number)
+        results.append(load_file(run_train_plan(plan)))
+    assert_same(*results)
+    record = json.loads((tmp_path / "out0" / "train.json").read_text())
+    assert record["defenses"][0]["eps"] == 0.2 and record["schema_version"] == 1
+    assert record["data"] == robplug.dataset("digits", split="train").head(200).digest
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(
+        word in lines[0] for word in ("epoch   1/1", "loss", "accuracy", "samples/s", "left")
+    )
+
+
+def test_a_plan_may_name_a_model_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net(width):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'model = "mine.py:net"\nparams = {{ width = 3 }}\ndataset = "digits"\nepochs = 1\nout = "{tmp_path / "out"}"\n'
+    )
+    assert set(load_file(run_train_plan(plan, progress=False))) == {"1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("epochs", "epoch"), r"plan.toml: epoch: unknown key; did you mean epochs\?"),
+        (("epochs = 1", "epochs = 0"), "plan.toml: epochs: .* got 0"),
+        (("samples = 200", "sample = 200"), r"dataset.sample: unknown key; did you mean samples\?"),
+        (("samples = 200", "samples = 2000"), "2000 asked for, it has 1201"),
+        (('out = "OUT"', ""), "plan.toml: out: is missing"),
+        (('name = "robplug/at"', 'name = "robplug/att"'), r"defenses: no defense named 'robplug/att'; did you mean"),
+        (("steps = 1", "step = 1"), r"defenses: expected a parameter of robplug/at, got 'step'; did you mean steps\?"),
+        (("robplug/digits-cnn", "robplug/digit-cnn"), r"no target named 'robplug/digit-cnn'; did you mean"),
+        (("[dataset]", "[dataset"), "is not valid TOML"),
+    ],
+)
+def test_unfit_plans_are_refused(tmp_path: Path, change: tuple[str, str], says: str) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.replace("OUT", str(tmp_path / "out")).replace(change[0], change[1]).replace("OUT", ""))
+    if change[0] == 'out = "OUT"':
+        plan.write_text(PLAN.replace(*change))
+    with pytest.raises(PlanError, match=says):
+        run_train_plan(plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_plans_are_valid() -> None:
+    root = Path(__file__).parents[1] / "benchmarks" / "demo"
+    for name in ("standard", "adversarial"):
+        plan = load_train_plan(root / f"{name}.toml")
+        assert plan.out == f"runs/demo/{name}" and plan.model == "robplug/digits-cnn"

@@ -9,14 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from robplug.errors import InputError
+
+COUNTS = ("steps", "restarts", "queries", "binary_search_steps", "initial_evals", "max_evals")
+
+
+class Canonical:
+    """What canonical attacks share: counts are at least 1, lengths above 0."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in COUNTS and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name} to be a whole number >= 1", repr(value))
+            if name == "step_size" and value is not None and not value > 0:
+                raise InputError("step_size > 0, or none for the default", repr(value))
+
 
 @dataclass(frozen=True)
-class FGSM:
+class FGSM(Canonical):
     """Fast gradient sign method (Goodfellow et al. 2015): one step of length eps."""
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(Canonical):
     """Projected gradient descent (Madry et al. 2018).
 
     Attributes:
@@ -33,7 +48,7 @@ class PGD:
 
 
 @dataclass(frozen=True)
-class BIM:
+class BIM(Canonical):
     """Basic iterative method (Kurakin et al. 2017): PGD from the sample itself.
 
     Attributes:
@@ -46,7 +61,7 @@ class BIM:
 
 
 @dataclass(frozen=True)
-class MIFGSM:
+class MIFGSM(Canonical):
     """Momentum iterative FGSM (Dong et al. 2018).
 
     Attributes:
@@ -61,7 +76,7 @@ class MIFGSM:
 
 
 @dataclass(frozen=True)
-class DeepFool:
+class DeepFool(Canonical):
     """DeepFool (Moosavi-Dezfooli et al. 2016).
 
     Attributes:
@@ -74,7 +89,7 @@ class DeepFool:
 
 
 @dataclass(frozen=True)
-class CW:
+class CW(Canonical):
     """Carlini and Wagner's l2 attack (2017).
 
     Attributes:
@@ -93,7 +108,7 @@ class CW:
 
 
 @dataclass(frozen=True)
-class APGD:
+class APGD(Canonical):
     """Auto-PGD on the cross-entropy (Croce and Hein 2020).
 
     Attributes:
@@ -106,7 +121,7 @@ class APGD:
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(Canonical):
     """Square attack, scores only (Andriushchenko et al. 2020).
 
     Attributes:
@@ -119,7 +134,7 @@ class Square:
 
 
 @dataclass(frozen=True)
-class Boundary:
+class Boundary(Canonical):
     """Boundary attack, decisions only (Brendel et al. 2018).
 
     Attributes:
@@ -130,7 +145,7 @@ class Boundary:
 
 
 @dataclass(frozen=True)
-class HopSkipJump:
+class HopSkipJump(Canonical):
     """HopSkipJump, decisions only (Chen et al. 2020).
 
     Attributes:
@@ -144,7 +159,7 @@ class HopSkipJump:
     max_evals: int = 200
 
 
-CANONICAL: dict[str, type[Any]] = {
+CANONICAL: dict[str, type[Canonical]] = {
     "fgsm": FGSM,
     "pgd": PGD,
     "bim": BIM,

@@ -42,7 +42,9 @@ def _check_samples(target: Target, x: Tensor, bounds: tuple[float, float]) -> No
         raise InputError(f"x on the model's device {target.device}", x.device, "move one of them")
     if len(x):
         low, high = (float(value) for value in x.detach().aminmax())
-        if not (bounds[0] <= low and high <= bounds[1]):  # also false for nan
+        # a bound such as 2.64 is less than its nearest float32, to which images are clamped
+        lowest, highest = (float(x.new_tensor(bound)) for bound in bounds)
+        if not (lowest <= low and high <= highest):  # also false for nan
             raise InputError(f"x inside the bounds {bounds}", f"values from {low} to {high}")
 
 

@@ -148,7 +148,7 @@ class _Training:
         with seeded_globals(sub_seed(self.options.seed, "step", self.step)):
             losses = self.stack.train_batch(step, optimizer, self.fabric.backward, self.fabric.autocast())
         if not bool(losses.total.isfinite()):
-            raise InputError("a finite loss", f"{float(losses.total)} at step {self.step}", "lower lr, or a strength")
+            raise InputError("a finite loss", f"{losses.total.item()} at step {self.step}", "lower lr, or a strength")
         self.step += 1
         for name, value in _values(losses).items():
             self.sums[name] = self.sums.get(name, 0.0) + value * len(rows)

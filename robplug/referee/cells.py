@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,8 +51,16 @@ class Cell:
     timeout_s: float | None
 
 
-def expand(plan: Plan, registry: Registry, where: str = "plan") -> list[Cell]:
+def expand(
+    plan: Plan, registry: Registry, where: str = "plan", bounds: Sequence[tuple[float, float]] = ()
+) -> list[Cell]:
     """Returns the cells of a plan in its order.
+
+    Args:
+        plan: what is to be run.
+        registry: the installed plugins.
+        where: how errors speak of the plan.
+        bounds: of each data set, which harmonised parameters may depend on; [0, 1] as long as none is loaded.
 
     Raises:
         PlanError: a name is unknown, a parameter is not the attack's or cannot be honoured, or an attack does not serve
@@ -61,9 +69,10 @@ def expand(plan: Plan, registry: Registry, where: str = "plan") -> list[Cell]:
     cells: list[Cell] = []
     _check_names(plan, registry, where)
     for target in plan.targets:
-        for dataset in plan.datasets:
+        for place, dataset in enumerate(plan.datasets):
+            box = bounds[place] if bounds else (0.0, 1.0)
             for number, entry in enumerate(plan.attacks):
-                for found in _of_attack(plan, entry, registry, f"{where}: attacks[{number}]"):
+                for found in _of_attack(plan, entry, box, registry, f"{where}: attacks[{number}]"):
                     for seed in plan.seed:
                         cells.append(Cell(index=len(cells), target=target, dataset=dataset, seed=seed, **found))
     return cells
@@ -81,7 +90,9 @@ def _check_names(plan: Plan, registry: Registry, where: str) -> None:
             raise PlanError(f"{where}: {key}", f"{error}{remedy}") from None
 
 
-def _of_attack(plan: Plan, entry: AttackEntry, registry: Registry, where: str) -> Iterator[dict[str, Any]]:
+def _of_attack(
+    plan: Plan, entry: AttackEntry, bounds: tuple[float, float], registry: Registry, where: str
+) -> Iterator[dict[str, Any]]:
     """Yields what the cells of one attack entry have in common, a dict per library and threat."""
     threats = [threat for threat in plan.threats if entry.norms is None or threat.norm in entry.norms]
     if not threats:
@@ -90,7 +101,8 @@ def _of_attack(plan: Plan, entry: AttackEntry, registry: Registry, where: str) -
     for threat in threats:
         for library in _libraries(entry, threat, registry, where):
             for eps in _radii(entry, threat, library, registry, where):
-                yield _one(plan, entry, threat, eps, library, registry, where)
+                model = ThreatModel(threat.norm, eps, bounds, threat.targeted)
+                yield _one(plan, entry, threat, model, library, registry, where)
 
 
 def _is_canonical(entry: AttackEntry) -> bool:
@@ -144,19 +156,18 @@ def _one(
     plan: Plan,
     entry: AttackEntry,
     threat: ThreatEntry,
-    eps: float | None,
+    model: ThreatModel,
     library: str | None,
     registry: Registry,
     where: str,
 ) -> dict[str, Any]:
     spec = _spec(entry, threat, library, registry, where)
-    model = ThreatModel(threat.norm, eps, targeted=threat.targeted)
     mode = entry.mode or ("harmonised" if library else "own")
     try:
         params = _params_in_force(entry, spec, library, mode, model, registry)
     except (InputError, PlanError, UnknownNameError) as error:
         raise PlanError(where, str(error)) from None
-    readings = (eps,) if eps is not None else tuple(radius for radius in threat.eps if radius is not None)
+    readings = (model.eps,) if model.eps is not None else tuple(radius for radius in threat.eps if radius is not None)
     return {
         "spec": spec,
         "label": f"{entry.name} · {library}" if library else entry.name,

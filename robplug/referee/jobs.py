@@ -50,8 +50,9 @@ class Job:
 def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
     """Loads models and data and returns a job for each cell, so that every error comes before the first attack."""
     device = _device(plan.device, where)
-    cells = expand(plan, registry, where)
-    datasets = {i: make_dataset(entry, registry, where) for i, entry in enumerate(plan.datasets)}
+    expand(plan, registry, where)  # so that a misspelt name is found before data are loaded
+    datasets = [make_dataset(entry, registry, where) for entry in plan.datasets]
+    cells = expand(plan, registry, where, [dataset.bounds for dataset in datasets])
     models: dict[tuple[str, tuple[float, float]], Target] = {}
 
     def model(entry: TargetEntry, data: Dataset) -> Target:

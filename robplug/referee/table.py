@@ -6,7 +6,8 @@ import io
 import shutil
 from dataclasses import dataclass
 
-from rich.console import Console, Group
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,18 +16,10 @@ from robplug.referee.entries import Subject
 from robplug.referee.summary import CellSummary, Summary
 from robplug.referee.worst import WorstCase
 
-COLUMNS = (
-    "eps",
-    "robust",
-    "95 % interval",
-    "success",
-    "claimed",
-    "invalid/ error",
-    "median distance",
-    "forwards",
-    "backwards",
-    "time",
-)
+ALWAYS = ("eps", "robust", "95 % interval", "success", "claimed", "invalid/ error")
+WHERE_THERE_IS_ROOM = ("median distance", "forwards", "backwards", "time")
+ROOM = 116
+"""Columns of a terminal from which on all columns of the table fit without a break in a name."""
 
 
 @dataclass(frozen=True)
@@ -41,29 +34,30 @@ class ResultsTable:
             console.print(self)
         return capture.get().rstrip("\n")
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = ALWAYS if options.max_width < ROOM else (*ALWAYS, *WHERE_THERE_IS_ROOM)
         parts: list[Table | Text] = [] if self.summary.finished else [_unfinished(self.summary)]
         for subject in self.summary.subjects:
-            parts.append(_table(self.summary, subject))
+            parts.append(_table(self.summary, subject, columns))
             cases = [case for case in self.summary.worst_cases if case.subject == subject.number]
             parts += [_headline(self.summary, case) for case in cases]
         parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
-        return Group(*parts)
+        yield Group(*parts)
 
 
 def _unfinished(summary: Summary) -> Text:
     return Text(formats.unfinished(summary), style="bold")
 
 
-def _table(summary: Summary, subject: Subject) -> Table:
+def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Table:
     """The table of one subject; names enter as `Text`, so that nothing in them is taken for markup."""
     title = f"{subject.target} on {subject.dataset}, {formats.threat(subject)}"
-    table = Table(title=Text(title), title_justify="left", header_style="bold")
-    table.add_column("attack", overflow="fold")
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
+    table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("attack", overflow="fold", min_width=16)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=name not in ("invalid/ error", "median distance"))
     for cell in _in_order(summary, subject):
-        table.add_row(*(Text(value) for value in _cells(summary, cell)))
+        table.add_row(*(Text(value) for value in _cells(summary, cell)[: len(columns) + 1]))
     return table
 
 

@@ -48,7 +48,7 @@ class Rescaled(nn.Module):
         self.model, self.low, self.width = model, low, high - low
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model((x - self.low) / self.width)
+        return self.model((x.float() - self.low) / self.width)  # ART's FeatureSqueezing makes float64 of float32
 
 
 def images(count: int = 6) -> Tensor:
@@ -83,10 +83,10 @@ def test_model_and_global_numbers_are_left_as_they_were() -> None:
     model[1].train()
     model[0].bias.requires_grad_(False)
     model[0].weight.grad = torch.full_like(model[0].weight, 2.0)
+    target, x = from_module(model, classes=CLASSES), images()
     statistics, numbers = model[1].running_mean.clone(), global_numbers()
-    target = from_module(model, classes=CLASSES)
-    for name, norm, eps in (("fast-gradient-method", "l2", 1.0), ("deep-fool", "l2", None)):
-        run(target, name, images(), norm, eps)
+    for name, norm, eps in (("fast-gradient-method", "l2", 1.0), ("deep-fool", "l2", None), ("square", "l2", 1.0)):
+        run(target, name, x, norm, eps)
     assert [part.training for part in model] == [False, True, False, False, False]
     assert not model[0].bias.requires_grad and model[1].weight.requires_grad
     assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 2.0)) and model[1].weight.grad is None
@@ -130,16 +130,13 @@ def test_gradients_are_those_of_single_samples_whatever_the_batch() -> None:
         ("deep-fool", "l2", {}),
         ("elastic-net", "l1", {"max_iter": 10, "binary_search_steps": 2, "initial_const": 1.0}),
         ("carlini-l-inf-method", "linf", {"max_iter": 3, "learning_rate": 0.1, "initial_const": 0.5}),
-        ("virtual-adversarial-method", "l2", {"max_iter": 1}),
-        ("zoo", "l2", {"use_resize": False, "use_importance": False, "nb_parallel": 8, "initial_const": 10.0}),
     ],
 )
 def test_classes_made_for_the_unit_box_do_the_same_in_any_box(name: str, norm: str, params: dict[str, Any]) -> None:
     model, x = network(), images(3)
-    eps = 1.0 if name.startswith("virtual") else None
-    unit = run(from_module(model, classes=CLASSES), name, x, norm, eps, **params)
+    unit = run(from_module(model, classes=CLASSES), name, x, norm, None, **params)
     wide = from_module(Rescaled(model, -64.0, 192.0), bounds=(-64.0, 192.0), classes=CLASSES)
-    found = run(wide, name, x * 256 - 64, norm, eps and eps * 256, **params)
+    found = run(wide, name, x * 256 - 64, norm, None, **params)
     assert (unit - x).abs().max() > 0.01
     torch.testing.assert_close((found + 64) / 256, unit, rtol=0, atol=1e-4)
 
@@ -188,10 +185,10 @@ def test_what_an_attack_cannot_do_is_refused() -> None:
 
 
 def test_what_art_imports_undeclared_is_in_the_extra() -> None:
-    declared = " ".join(metadata.requires("adversarial-robustness-toolbox") or ())
+    arts = [line for line in metadata.requires("adversarial-robustness-toolbox") or () if "extra ==" not in line]
     ours = [line for line in metadata.requires("robplug") or () if 'extra == "art"' in line]
     for package in ("packaging", "multiprocess", "cma"):
-        assert package not in declared
+        assert not any(line.startswith(package) for line in arts)
         assert any(line.startswith(package) for line in ours)
 
 
@@ -265,7 +262,7 @@ class Blur(PreprocessorPyTorch):
 
 
 def classifier(high: float = 1.0, **options: Any) -> PyTorchClassifier:
-    model = network() if high == 1.0 else Rescaled(network(), 0.0, high)
+    model = Rescaled(network(), 0.0, high)
     kinds = {"loss": nn.CrossEntropyLoss(reduction="sum"), "input_shape": (1, 8, 8), "nb_classes": CLASSES}
     return PyTorchClassifier(model, clip_values=(0, high), device_type="cpu", **kinds, **options)
 
@@ -296,7 +293,9 @@ def test_logits_and_gradients_are_the_estimators_own(kind: str) -> None:
     expected = estimator.predict(x.numpy())
     np.testing.assert_allclose(target.logits(x).detach().numpy(), expected, atol=1e-6)
     if is_numpy:
-        assert not target.logits(x.clone().requires_grad_()).requires_grad or kind == "numpy"
+        leaf = x.clone().requires_grad_()
+        target.logits(leaf).sum().backward()
+        assert leaf.grad is None
         target = robplug.target(estimator, backward="identity")
         assert target.offers == "gradients"
         np.testing.assert_allclose(target.logits(x).detach().numpy(), expected, atol=1e-6)

@@ -89,8 +89,6 @@ def test_parameters(canonical: str, params: dict, threat: ThreatModel, name: str
     ("canonical", "params", "norm", "message"),
     [
         ("pgd", {"restarts": 2}, "linf", "foolbox cannot honour restarts = 2: .* set restarts = 1"),
-        ("pgd", {"steps": 0}, "linf", "foolbox cannot honour steps = 0: expected at least 1"),
-        ("bim", {"step_size": -0.1}, "l1", "foolbox cannot honour step_size = -0.1: expected at least 0"),
         ("cw", {}, "linf", "foolbox has the attack 'cw' only for l2, and the threat is linf"),
     ],
 )

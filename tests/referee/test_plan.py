@@ -45,6 +45,15 @@ def test_a_canonical_attack_is_compiled_for_its_libraries() -> None:
     assert found[0].params["steps"] == 7 and found[0].params_passed == {"steps": 7}
 
 
+def test_harmonised_parameters_follow_the_bounds_of_the_data() -> None:
+    """torchattacks works in [0, 1]: a step of 10 in data from 0 to 255 is one of 10/255 there."""
+    attacks = [{"name": "pgd", "libraries": ["torchattacks"], "step_size": 10}]
+    plan, where = load_plan({**PLAN, "attacks": attacks, "threats": [{"norm": "linf", "eps": 20}]})
+    for bounds, alpha in (((0.0, 1.0), 10.0), ((0.0, 255.0), 10 / 255)):
+        (cell,) = expand(plan, registry(), where, [bounds])
+        assert cell.params["alpha"] == pytest.approx(alpha) and cell.threat.bounds == bounds
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

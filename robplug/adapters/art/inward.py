@@ -74,14 +74,14 @@ class ArtAttack(ForeignAttack):
     ) -> Perturbed:
         """Attacks a batch; see `robplug.types.Attack.run`. There is no claim: the library makes none."""
         self._check(target, x, threat)
-        labels = check_batch(target, x, y, threat, y_goal)
-        if len(x) == 0 or (self.entry["budget"] == "fixed" and radius(threat) == 0):
-            return Perturbed(x.clone())
-        alone = torch.eye(len(x), dtype=torch.bool)
-        rows = alone if self._name in ONE_BY_ONE else torch.ones(1, len(x), dtype=torch.bool)
         before = ModuleState(target.module)
         try:
             with evaluation_mode(target.module), _on_device(x):
+                labels = check_batch(target, x, y, threat, y_goal)
+                if len(x) == 0 or (self.entry["budget"] == "fixed" and radius(threat) == 0):
+                    return Perturbed(x.clone())
+                alone = torch.eye(len(x), dtype=torch.bool)
+                rows = alone if self._name in ONE_BY_ONE else torch.ones(1, len(x), dtype=torch.bool)
                 parts = [self._attack(target, x[row], labels[row], threat, rng.select(row)) for row in rows]
         finally:
             before.restore()

@@ -67,10 +67,6 @@ def _steps(
     settings: canonical.PGD | canonical.BIM | canonical.MIFGSM, threat: ThreatModel, share: float = 2.5
 ) -> dict[str, Any]:
     """Translates steps and step size; None is ``share`` * eps / steps."""
-    if settings.steps < 1:
-        _refuse("steps", settings.steps, "expected at least 1")
-    if settings.step_size is not None and settings.step_size < 0:
-        _refuse("step_size", settings.step_size, "expected at least 0")
     step_size = share * radius(threat) / settings.steps if settings.step_size is None else settings.step_size
     return {"steps": settings.steps, "abs_stepsize": step_size}
 

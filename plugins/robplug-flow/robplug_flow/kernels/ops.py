@@ -7,7 +7,6 @@ the implementation and the fake one, so that eager mode and ``torch.compile`` re
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -15,12 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
-from robplug_flow.kernels import reference
+from robplug_flow.kernels import checks, reference
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NEIGHBOURS = ("adjacent", "diagonal")
+Pair = tuple[Tensor, Tensor]
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:
@@ -53,7 +51,8 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
 
     Source: flow-gradient paper, equation 4; edge and kinks are not in the text.
     """
-    return _warp(x, flow)
+    out: Tensor = _warp(x, flow)
+    return out
 
 
 def flow_gradient_penalty(x: Tensor, g: Tensor, kappa_row: float = 1.0, kappa_col: float = 1.0) -> Tensor:
@@ -85,7 +84,8 @@ def flow_gradient_penalty(x: Tensor, g: Tensor, kappa_row: float = 1.0, kappa_co
 
     Source: flow-gradient paper, equation 11 with q = 2, per sample and without lambda.
     """
-    return _penalty(x, g, kappa_row, kappa_col)
+    out: Tensor = _penalty(x, g, kappa_row, kappa_col)
+    return out
 
 
 def flow_smoothness(flow: Tensor, neighbours: Literal["adjacent", "diagonal"] = "adjacent") -> Tensor:
@@ -113,64 +113,8 @@ def flow_smoothness(flow: Tensor, neighbours: Literal["adjacent", "diagonal"] = 
 
     Source: spatially transformed adversarial examples (Xiao et al. 2018), equation 4.
     """
-    value, _ = _smoothness(flow, neighbours)
+    value: Tensor = _smoothness(flow, neighbours)[0]
     return value
-
-
-def _check_images(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        remedy = f"convert it first, such as {name}.float() / 255 for 8-bit images"
-        raise TypeError(f"expected {name} of float16, bfloat16, float32 or float64, got {x.dtype}; {remedy}")
-    if x.dim() != 4 or x.shape[2] < 1 or x.shape[3] < 1:
-        remedy = "flows move pixels: give a batch of images with at least one row and one column"
-        raise ValueError(f"expected {name} of shape (N, C, H, W), got {tuple(x.shape)}; {remedy}")
-
-
-def _check_beside(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Checks an argument that goes with the images x."""
-    if tensor.shape != shape:
-        remedy = f"x is {tuple(x.shape)}, and broadcasting is left to the caller: {name}.expand(...)"
-        raise ValueError(f"expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}; {remedy}")
-    if tensor.device != x.device:
-        remedy = f"move one: {name}.to({str(x.device)!r})"
-        raise ValueError(f"expected {name} on {x.device}, where x is, got {tensor.device}; {remedy}")
-
-
-def _check_warp(x: Tensor, flow: Tensor) -> None:
-    _check_images("x", x)
-    _check_beside("flow", flow, (x.shape[0], 2, *x.shape[2:]), x)
-    _check_images("flow", flow)
-
-
-def _check_warp_gradient(g: Tensor, x: Tensor, flow: Tensor) -> None:
-    _check_warp(x, flow)
-    _check_beside("g", g, x.shape, x)
-
-
-def _check_penalty(x: Tensor, g: Tensor, kappa_row: float, kappa_col: float) -> None:
-    _check_images("x", x)
-    _check_beside("g", g, x.shape, x)
-    if g.dtype != x.dtype:
-        raise ValueError(f"expected g of {x.dtype}, the dtype of x, got {g.dtype}; convert it: g.to(x.dtype)")
-    for name, kappa in (("kappa_row", kappa_row), ("kappa_col", kappa_col)):
-        if not (math.isfinite(kappa) and kappa >= 0):
-            remedy = "1 for pixels, (H - 1)/2 and (W - 1)/2 for normalised units"
-            raise ValueError(f"expected a finite {name} >= 0, got {kappa}; {remedy}")
-
-
-def _check_penalty_gradient(u: Tensor, x: Tensor, g: Tensor, kappa_row: float, kappa_col: float, need_x: bool) -> None:
-    _check_penalty(x, g, kappa_row, kappa_col)
-    _check_beside("u", u, x.shape[:1], x)
-
-
-def _check_smoothness(flow: Tensor, neighbours: str) -> None:
-    _check_images("flow", flow)
-    if flow.shape[1] != 2:
-        remedy = "channel 0 moves along rows, channel 1 along columns"
-        raise ValueError(f"expected flow of shape (N, 2, H, W), got {tuple(flow.shape)}; {remedy}")
-    if neighbours not in NEIGHBOURS:
-        remedy = "the paper's text has the adjacent ones, common code the diagonal ones"
-        raise ValueError(f"expected neighbours 'adjacent' or 'diagonal', got {neighbours!r}; {remedy}")
 
 
 @functools.cache
@@ -187,7 +131,7 @@ def _cuda_kernels() -> ModuleType:
     return triton_impl
 
 
-def _operator(schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> CustomOpDef:
+def _operator(schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
     """Registers an operator.
 
     Args:
@@ -197,48 +141,60 @@ def _operator(schema: str, check: Callable[..., None], empty: Callable[..., Any]
     """
     name, bracket, arguments = schema.partition("(")
 
-    def run(kernels: Callable[[], ModuleType], *args: Any) -> Any:
+    def plain(*args: Any) -> Any:
         check(*args)
-        return getattr(kernels(), name)(*args)
+        return getattr(reference, name)(*args)
+
+    def cuda(*args: Any) -> Any:
+        check(*args)
+        return getattr(_cuda_kernels(), name)(*args)
 
     def fake(*args: Any) -> Any:
         check(*args)
         return empty(*args)
 
-    plain = functools.partial(run, lambda: reference)
     operator = custom_op(f"robplug_flow::{name}", plain, mutates_args=(), schema=bracket + arguments)
-    operator.register_kernel("cuda", functools.partial(run, _cuda_kernels))
+    operator.register_kernel("cuda", cuda)
     operator.register_fake(fake)
     return operator
 
 
-_warp = _operator("warp(Tensor x, Tensor flow) -> Tensor", _check_warp, lambda x, flow: torch.empty_like(x))
-_warp_adjoint = _operator(
-    "warp_adjoint(Tensor g, Tensor flow) -> Tensor", _check_warp, lambda g, flow: torch.empty_like(g)
-)
+def _like_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(first)
+
+
+def _like_flow(g: Tensor, x: Tensor, flow: Tensor) -> Tensor:
+    return torch.empty_like(flow)
+
+
+def _per_sample(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=reference.accumulator(x))
+
+
+def _like_images(u: Tensor, x: Tensor, g: Tensor, kappa_row: float, kappa_col: float, need_x: bool) -> Pair:
+    return torch.empty_like(x) if need_x else x.new_empty(0), torch.empty_like(g)
+
+
+def _value_and_gradient(flow: Tensor, neighbours: str) -> Pair:
+    return _per_sample(flow), torch.empty_like(flow)
+
+
+_warp = _operator("warp(Tensor x, Tensor flow) -> Tensor", checks.warp, _like_first)
+_warp_adjoint = _operator("warp_adjoint(Tensor g, Tensor flow) -> Tensor", checks.warp, _like_first)
 _warp_flow_gradient = _operator(
-    "warp_flow_gradient(Tensor g, Tensor x, Tensor flow) -> Tensor",
-    _check_warp_gradient,
-    lambda g, x, flow: torch.empty_like(flow),
+    "warp_flow_gradient(Tensor g, Tensor x, Tensor flow) -> Tensor", checks.warp_gradient, _like_flow
 )
 _penalty = _operator(
-    "flow_gradient_penalty(Tensor x, Tensor g, float kappa_row, float kappa_col) -> Tensor",
-    _check_penalty,
-    lambda x, g, *_: x.new_empty(x.shape[0], dtype=reference.accumulator(x, g)),
+    "flow_gradient_penalty(Tensor x, Tensor g, float kappa_row, float kappa_col) -> Tensor", checks.penalty, _per_sample
 )
 _penalty_gradient = _operator(
-    "flow_gradient_penalty_gradient(Tensor u, Tensor x, Tensor g, float kappa_row, float kappa_col, bool need_x)"
-    " -> (Tensor, Tensor)",
-    _check_penalty_gradient,
-    lambda u, x, g, kappa_row, kappa_col, need_x: (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(g),
-    ),
+    "flow_gradient_penalty_gradient"
+    "(Tensor u, Tensor x, Tensor g, float kappa_row, float kappa_col, bool need_x) -> (Tensor, Tensor)",
+    checks.penalty_gradient,
+    _like_images,
 )
 _smoothness = _operator(
-    "flow_smoothness(Tensor flow, str neighbours) -> (Tensor, Tensor)",
-    _check_smoothness,
-    lambda flow, _: (flow.new_empty(flow.shape[0], dtype=reference.accumulator(flow)), torch.empty_like(flow)),
+    "flow_smoothness(Tensor flow, str neighbours) -> (Tensor, Tensor)", checks.smoothness, _value_and_gradient
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Values of a batch that are worked on at once: temporaries beyond a megabyte cost more in page faults than in arithmetic.
+# Values of a batch that are worked on at once: beyond a megabyte, page faults cost more than the arithmetic.
 CHUNK = 2**18
 # Under the root of the smoothness, so that it has a derivative where two neighbours move alike.
 SOFTENING = 1e-8
@@ -119,8 +119,8 @@ def flow_gradient_penalty_gradient_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of sum(h_x * grad_x) + sum(h_g * grad_g) with respect to u, x and g.
 
-    ``grad_x`` and ``grad_g`` are what `flow_gradient_penalty_gradient` returns; None stands for zeros. The sum is u times
-    the derivative of the penalty along (h_x, h_g).
+    ``grad_x`` and ``grad_g`` are what `flow_gradient_penalty_gradient` returns; None stands for zeros. The sum is u
+    times the derivative of the penalty along (h_x, h_g).
     """
     dtype = accumulator(x, g)
     images, upstream, scale = x.to(dtype), g.to(dtype), 2 * u.to(dtype).view(-1, 1, 1, 1)

@@ -47,12 +47,26 @@ def _neighbours(offset, position, size):
 
 
 @triton.jit
-def _taps(flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC: tl.constexpr):
-    """Returns rows and columns of the four corners, and the weights of the lower and of the right ones."""
+def _corners(
+    flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, stride_h, stride_w, ACC: tl.constexpr
+):  # fmt: skip
+    """Returns the offsets of the four corners of an image with these strides, and the lower and right weights."""
     flow += n * f_n + _at(row, col, f_h, f_w)
     upper, lower, down = _neighbours(tl.load(flow, mask=inside, other=0.0).to(ACC), row, height)
     left, right, along = _neighbours(tl.load(flow + f_c, mask=inside, other=0.0).to(ACC), col, width)
-    return upper, lower, left, right, down, along
+    ul, ur = _at(upper, left, stride_h, stride_w), _at(upper, right, stride_h, stride_w)
+    ll, lr = _at(lower, left, stride_h, stride_w), _at(lower, right, stride_h, stride_w)
+    return ul, ur, ll, lr, down, along
+
+
+@triton.jit
+def _load_corners(x, ul, ur, ll, lr, inside, ACC: tl.constexpr):
+    return (
+        tl.load(x + ul, mask=inside, other=0.0).to(ACC),
+        tl.load(x + ur, mask=inside, other=0.0).to(ACC),
+        tl.load(x + ll, mask=inside, other=0.0).to(ACC),
+        tl.load(x + lr, mask=inside, other=0.0).to(ACC),
+    )
 
 
 @triton.jit
@@ -62,18 +76,13 @@ def _warp_kernel(
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n, _, row, col, inside = _pixels(height, width, BLOCK)
-    upper, lower, left, right, down, along = _taps(
-        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC
+    at_ul, at_ur, at_ll, at_lr, down, along = _corners(
+        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, x_h, x_w, ACC
     )
-    upper_left, upper_right = _at(upper, left, x_h, x_w), _at(upper, right, x_h, x_w)
-    lower_left, lower_right = _at(lower, left, x_h, x_w), _at(lower, right, x_h, x_w)
     x += n * x_n
     out += n * o_n + _at(row, col, o_h, o_w)
     for _c in range(channels):
-        ul = tl.load(x + upper_left, mask=inside, other=0.0).to(ACC)
-        ur = tl.load(x + upper_right, mask=inside, other=0.0).to(ACC)
-        ll = tl.load(x + lower_left, mask=inside, other=0.0).to(ACC)
-        lr = tl.load(x + lower_right, mask=inside, other=0.0).to(ACC)
+        ul, ur, ll, lr = _load_corners(x, at_ul, at_ur, at_ll, at_lr, inside, ACC)
         top = ul + along * (ur - ul)
         bottom = ll + along * (lr - ll)
         tl.store(out, (top + down * (bottom - top)).to(out.dtype.element_ty), mask=inside)
@@ -88,21 +97,19 @@ def _warp_adjoint_kernel(
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n, _, row, col, inside = _pixels(height, width, BLOCK)
-    upper, lower, left, right, down, along = _taps(
-        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC
+    at_ul, at_ur, at_ll, at_lr, down, along = _corners(
+        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, o_h, o_w, ACC
     )
-    upper_left, upper_right = _at(upper, left, o_h, o_w), _at(upper, right, o_h, o_w)
-    lower_left, lower_right = _at(lower, left, o_h, o_w), _at(lower, right, o_h, o_w)
     g += n * g_n + _at(row, col, g_h, g_w)
     out += n * o_n
     for _c in range(channels):
         here = tl.load(g, mask=inside, other=0.0).to(ACC)
         bottom = here * down
         top = here - bottom
-        tl.atomic_add(out + upper_left, top - top * along, mask=inside)
-        tl.atomic_add(out + upper_right, top * along, mask=inside)
-        tl.atomic_add(out + lower_left, bottom - bottom * along, mask=inside)
-        tl.atomic_add(out + lower_right, bottom * along, mask=inside)
+        tl.atomic_add(out + at_ul, top - top * along, mask=inside)
+        tl.atomic_add(out + at_ur, top * along, mask=inside)
+        tl.atomic_add(out + at_ll, bottom - bottom * along, mask=inside)
+        tl.atomic_add(out + at_lr, bottom * along, mask=inside)
         g += g_c
         out += o_c
 
@@ -115,20 +122,14 @@ def _warp_flow_gradient_kernel(
 ):  # fmt: skip
     # d/d down = (ll - ul) + along * ((lr - ur) - (ll - ul)); d/d along = (ur - ul) + down * ((lr - ll) - (ur - ul))
     n, _, row, col, inside = _pixels(height, width, BLOCK)
-    upper, lower, left, right, down, along = _taps(
-        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, ACC
+    at_ul, at_ur, at_ll, at_lr, down, along = _corners(
+        flow, f_n, f_c, f_h, f_w, n, row, col, inside, height, width, x_h, x_w, ACC
     )
-    upper_left, upper_right = _at(upper, left, x_h, x_w), _at(upper, right, x_h, x_w)
-    lower_left, lower_right = _at(lower, left, x_h, x_w), _at(lower, right, x_h, x_w)
     x += n * x_n
     g += n * g_n + _at(row, col, g_h, g_w)
-    by_row = tl.zeros([BLOCK], dtype=ACC)
-    by_col = tl.zeros([BLOCK], dtype=ACC)
+    by_row, by_col = tl.zeros([BLOCK], dtype=ACC), tl.zeros([BLOCK], dtype=ACC)
     for _c in range(channels):
-        ul = tl.load(x + upper_left, mask=inside, other=0.0).to(ACC)
-        ur = tl.load(x + upper_right, mask=inside, other=0.0).to(ACC)
-        ll = tl.load(x + lower_left, mask=inside, other=0.0).to(ACC)
-        lr = tl.load(x + lower_right, mask=inside, other=0.0).to(ACC)
+        ul, ur, ll, lr = _load_corners(x, at_ul, at_ur, at_ll, at_lr, inside, ACC)
         here = tl.load(g, mask=inside, other=0.0).to(ACC)
         by_row += here * ((ll - ul) + along * ((lr - ur) - (ll - ul)))
         by_col += here * ((ur - ul) + down * ((lr - ll) - (ur - ul)))
@@ -148,8 +149,7 @@ def _slopes(
     below, beside = inside & (row + 1 < height), inside & (col + 1 < width)
     x += _at(row, col, x_h, x_w)
     g += _at(row, col, g_h, g_w)
-    by_row = tl.zeros([BLOCK], dtype=ACC)
-    by_col = tl.zeros([BLOCK], dtype=ACC)
+    by_row, by_col = tl.zeros([BLOCK], dtype=ACC), tl.zeros([BLOCK], dtype=ACC)
     for _c in range(channels):
         value = tl.load(x, mask=inside, other=0.0).to(ACC)
         upstream = tl.load(g, mask=inside, other=0.0).to(ACC)
@@ -231,7 +231,7 @@ def _smoothness_kernel(
     f_n, f_c, f_h, f_w, p_n, p_b, o_n, o_c, o_h, o_w,
     SOFTENING: tl.constexpr, DIAGONAL: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # gradient(p) = sum over neighbours q of 2 (flow(p) - flow(q)) / root: the pair stands in the sum as (p, q) and (q, p)
+    # gradient(p) = sum over neighbours q of 2 (flow(p) - flow(q)) / root, as the sum has the pair as (p, q) and (q, p)
     n, block, row, col, inside = _pixels(height, width, BLOCK)
     flow += n * f_n
     here = flow + _at(row, col, f_h, f_w)
@@ -324,7 +324,7 @@ def _acc(*tensors: Tensor) -> tl.dtype:
 
 
 def _blocks(images: Tensor, block: int) -> int:
-    return triton.cdiv(images.shape[2] * images.shape[3], block)
+    return -(-images.shape[2] * images.shape[3] // block)
 
 
 def _launch(kernel: Any, images: Tensor, block: int, *args: Any, **constants: Any) -> None:

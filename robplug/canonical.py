@@ -7,7 +7,6 @@ sizes and radii are in units of the data.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from robplug.errors import InputError
 

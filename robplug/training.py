@@ -25,7 +25,15 @@ from robplug.step import Step
 from robplug.targets import evaluation_mode
 from robplug.training_plan import Options, read_options
 from robplug.training_progress import Progress
-from robplug.training_setup import check_data, differences, make_fabric, make_optimizer, split_rows, sub_seed
+from robplug.training_setup import (
+    check_data,
+    cpu_threads,
+    differences,
+    make_fabric,
+    make_optimizer,
+    split_rows,
+    sub_seed,
+)
 
 WEIGHTS = "weights.safetensors"
 SCHEMA_VERSION = 1
@@ -44,8 +52,9 @@ def fit(
 ) -> nn.Module:
     """Trains a model with a stack of defences, with Lightning Fabric.
 
-    Every random draw follows from the seed and the number of the step: on the CPU in single precision, a training that
-    was interrupted and resumed ends with the same weights bit for bit. Global generators are left as they were.
+    Every random draw follows from the seed and the number of the step: on the CPU in single precision, with as many
+    threads, a training that was interrupted and resumed ends with the same weights bit for bit. Global generators are
+    left as they were.
 
     Args:
         model: trained in place; maps samples inside the data's bounds to logits. It ends on the device where it was.
@@ -69,13 +78,14 @@ def fit(
     check_data(dataset, settings, stack)
     folder = None if out is None else _make_folder(Path(out))
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training = _Training(model, dataset, stack, settings, folder, progress)
-    try:
-        if folder is not None and resume:
-            training.resume(folder)
-        training.run()
-    finally:
-        trained = stack.finish().to(home).eval()
+    with cpu_threads(settings.threads):
+        training = _Training(model, dataset, stack, settings, folder, progress)
+        try:
+            if folder is not None and resume:
+                training.resume(folder)
+            training.run()
+        finally:
+            trained = stack.finish().to(home).eval()
     if folder is not None:
         checkpoint.save_tensors(folder / WEIGHTS, trained.state_dict())
         write_json(folder / "train.json", {**training.identity(), "history": training.history, **_versions()})

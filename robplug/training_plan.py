@@ -27,6 +27,8 @@ class Options(BaseModel):
         held_out: share of the training data that is not trained on but scored after each epoch.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         precision: of Lightning Fabric; mixed precision runs forward passes in half.
+        threads: of torch on the CPU while training; None leaves them as they are. One is fastest for small networks,
+            and for any on a busy machine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +44,7 @@ class Options(BaseModel):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     device: str = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    threads: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _drops_before_the_end(self) -> Options:

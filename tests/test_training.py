@@ -125,6 +125,22 @@ class Interrupt(AdversarialTraining):
 countdown = [0]
 
 
+def test_draws_of_a_sample_are_new_in_each_step_and_its_own_in_each_batch() -> None:
+    draws: list[dict[float, float]] = []
+
+    @dataclass(frozen=True)
+    class Watch(Defense):
+        def penalty(self, step: Step) -> None:
+            numbers = step.rng.uniform((), like=step.x).tolist()
+            draws.append(dict(zip(step.x[:, 0, 0, 0].tolist(), numbers, strict=True)))
+
+    fit(linear(), toy(), Watch(), epochs=2, batch_size=40)
+    fit(linear(), toy(), Watch(), epochs=1, batch_size=20)
+    first, second, half, _ = draws
+    assert first.keys() == second.keys() and not set(first.values()) & set(second.values())
+    assert len(half) == 20 and all(half[sample] == first[sample] for sample in half)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 4, 8])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_interrupted_and_resumed_training_ends_with_the_same_bits(tmp_path: Path, steps: int, optimizer: str) -> None:
@@ -236,6 +252,20 @@ def test_held_out_samples_are_not_trained_on() -> None:
 def test_unfit_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         fit(linear(), toy(), **options)
+
+
+def test_threads_are_those_asked_for_and_put_back() -> None:
+    counts: list[int] = []
+
+    @dataclass(frozen=True)
+    class Watch(Defense):
+        def mode(self, model: nn.Module) -> None:
+            counts.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    fit(linear(), toy(), Watch(), epochs=1, threads=before + 1)
+    fit(linear(), toy(), Watch(), epochs=1)
+    assert counts == [before + 1, before] and torch.get_num_threads() == before
 
 
 def test_loss_that_is_not_finite_stops() -> None:

@@ -1,13 +1,84 @@
-"""The Triton kernels run in triton's interpreter, which has to be chosen before a kernel is defined."""
+"""What the kernels' tests share; the Triton kernels run in triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
+from torch import Tensor
 
+# read when a kernel is decorated, so before any test imports one
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests that draw their own inputs draw the same ones each time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills uninitialised memory with NaN, so that a cell that nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _plain_warp(x: Tensor, flow: Tensor) -> Tensor:
+    """Bilinear sampling from its definition, with nothing but indexing; autograd knows the rest."""
+    n, _, height, width = x.shape
+    y = (torch.arange(height)[:, None].to(flow.dtype) + flow[:, 0]).clamp(0, height - 1)
+    z = (torch.arange(width).to(flow.dtype) + flow[:, 1]).clamp(0, width - 1)
+    top, left = y.detach().floor().long(), z.detach().floor().long()
+    bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
+    down, along = (y - top)[:, None], (z - left)[:, None]
+    sample = torch.arange(n)[:, None, None]
+
+    def at(row: Tensor, col: Tensor) -> Tensor:
+        return x[sample, :, row, col].permute(0, 3, 1, 2)
+
+    upper = (1 - along) * at(top, left) + along * at(top, right)
+    lower = (1 - along) * at(bottom, left) + along * at(bottom, right)
+    return (1 - down) * upper + down * lower
+
+
+def _plain_penalty(x: Tensor, g: Tensor, kappa_row: float = 1.0, kappa_col: float = 1.0) -> Tensor:
+    """The closed form as one would type it."""
+    by_row = (g[:, :, :-1] * (x[:, :, 1:] - x[:, :, :-1])).sum(1)
+    by_col = (g[:, :, :, :-1] * (x[:, :, :, 1:] - x[:, :, :, :-1])).sum(1)
+    return kappa_row**2 * by_row.square().sum((1, 2)) + kappa_col**2 * by_col.square().sum((1, 2))
+
+
+def _plain_smoothness(flow: Tensor, neighbours: str) -> Tensor:
+    """The sum over all pixels and all their neighbours, pixel by pixel."""
+    moves = {"adjacent": ((-1, 0), (1, 0), (0, -1), (0, 1)), "diagonal": ((-1, -1), (-1, 1), (1, -1), (1, 1))}
+    n, _, height, width = flow.shape
+    total = flow.new_zeros(n)
+    for row in range(height):
+        for col in range(width):
+            for down, along in moves[neighbours]:
+                if 0 <= row + down < height and 0 <= col + along < width:
+                    change = flow[:, :, row, col] - flow[:, :, row + down, col + along]
+                    total = total + (change.square().sum(1) + 1e-8).sqrt()
+    return total
+
+
+@pytest.fixture
+def plain_warp() -> Callable[..., Tensor]:
+    return _plain_warp
+
+
+@pytest.fixture
+def plain_penalty() -> Callable[..., Tensor]:
+    return _plain_penalty
+
+
+@pytest.fixture
+def plain_smoothness() -> Callable[..., Tensor]:
+    return _plain_smoothness

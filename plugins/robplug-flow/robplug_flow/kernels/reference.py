@@ -28,7 +28,7 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
         upper_left, upper_right, lower_left, lower_right = _gather(x[part].to(dtype), indices)
         # lerp keeps its first argument bit for bit at weight 0
         upper, lower = upper_left.lerp_(upper_right, right), lower_left.lerp_(lower_right, right)
-        out[part] = upper.lerp_(lower, down).view(x[part].shape)
+        out[part] = upper.lerp_(lower, down).reshape(x[part].shape)
     return out
 
 
@@ -41,7 +41,7 @@ def warp_adjoint(g: Tensor, flow: Tensor) -> Tensor:
         upper = g[part].to(dtype).flatten(2) - lower
         upper_right, lower_right = upper * right, lower * right
         corners = (upper.sub_(upper_right), upper_right, lower.sub_(lower_right), lower_right)
-        out[part] = _scatter(corners, indices).view(g[part].shape)
+        out[part] = _scatter(corners, indices).reshape(g[part].shape)
     return out
 
 
@@ -53,7 +53,7 @@ def warp_flow_gradient(g: Tensor, x: Tensor, flow: Tensor) -> Tensor:
         by_row, by_col = _slopes(_gather(x[part].to(dtype), indices), down, right)
         upstream = g[part].to(dtype).flatten(2)
         both = torch.stack([by_row.mul_(upstream).sum(1), by_col.mul_(upstream).sum(1)], dim=1)
-        out[part] = both.view(flow[part].shape)
+        out[part] = both.reshape(flow[part].shape)
     return out
 
 
@@ -74,9 +74,9 @@ def warp_flow_gradient_backward(h: Tensor, g: Tensor, x: Tensor, flow: Tensor) -
         (1 - right) * a - down * b,
         right * a + down * b,
     )
-    grad_g = (h_row * by_row + h_col * by_col).view(g.shape)
-    grad_x = _scatter(grad_corners, indices).view(x.shape)
-    grad_flow = torch.cat([h_col * twist, h_row * twist], dim=1).view(flow.shape)
+    grad_g = (h_row * by_row + h_col * by_col).reshape(g.shape)
+    grad_x = _scatter(grad_corners, indices).reshape(x.shape)
+    grad_flow = torch.cat([h_col * twist, h_row * twist], dim=1).reshape(flow.shape)
     return grad_g.to(g.dtype), grad_x.to(x.dtype), grad_flow.to(flow.dtype)
 
 
@@ -195,7 +195,7 @@ def _taps(flow: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     cols = torch.arange(width, dtype=flow.dtype, device=flow.device)
     upper, lower, down = _neighbours(flow[:, 0], rows, height)
     left, right, along = _neighbours(flow[:, 1], cols, width)
-    corners = [(row * width + col).view(n, 1, -1) for row in (upper, lower) for col in (left, right)]
+    corners = [(row * width + col).reshape(n, 1, -1) for row in (upper, lower) for col in (left, right)]
     return corners, down.reshape(n, 1, -1), along.reshape(n, 1, -1)
 
 

@@ -1,0 +1,109 @@
+"""The operators as PyTorch sees them, what they refuse, and how they are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from robplug_flow import flow_gradient_penalty, flow_smoothness, kernels, warp
+from robplug_flow.kernels import ops, reference
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+X = torch.rand(2, 3, 4, 5)
+FLOW = torch.rand(2, 2, 4, 5)
+
+
+IMAGES, FIELD = (2, 3, 4, 5), (2, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "rest"),
+    [
+        ("warp", [IMAGES, FIELD], ()),
+        ("warp_adjoint", [IMAGES, FIELD], ()),
+        ("warp_flow_gradient", [IMAGES, IMAGES, FIELD], ()),
+        ("flow_gradient_penalty", [IMAGES, IMAGES], (1.5, 2.0)),
+        ("flow_gradient_penalty_gradient", [(2,), IMAGES, IMAGES], (1.5, 2.0, True)),
+        ("flow_smoothness", [FIELD], ("diagonal",)),
+    ],
+)
+def test_opcheck(name: str, shapes: list[tuple[int, ...]], rest: tuple[Any, ...]) -> None:
+    operator = getattr(torch.ops.robplug_flow, name).default
+    torch.library.opcheck(operator, (*(torch.randn(shape).requires_grad_() for shape in shapes), *rest))
+    striding = [torch.randn(shape) for shape in shapes]
+    striding = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in striding]
+    torch.library.opcheck(operator, (*striding, *rest), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_opcheck_where_the_images_need_no_gradient() -> None:
+    operator = torch.ops.robplug_flow.flow_gradient_penalty_gradient.default
+    args = (torch.randn(2), torch.randn(IMAGES), torch.randn(IMAGES), 1.0, 1.0, False)
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda: warp((X * 255).byte(), FLOW), TypeError, r"got torch.uint8; .* x.float\(\) / 255"),
+        (lambda: warp(X, FLOW.long()), TypeError, "expected flow of float16.* got torch.int64"),
+        (lambda: warp(X.flatten(1), FLOW), ValueError, r"expected x of shape \(N, C, H, W\), got \(2, 60\)"),
+        (lambda: warp(X[:, :, :0], FLOW[:, :, :0]), ValueError, r"got \(2, 3, 0, 5\); .* at least one row"),
+        (lambda: warp(X, FLOW[:1]), ValueError, r"expected flow of shape \(2, 2, 4, 5\), got \(1, 2, 4, 5\)"),
+        (lambda: warp(X, FLOW.permute(0, 2, 3, 1)), ValueError, r"got \(2, 4, 5, 2\)"),
+        (lambda: warp(X, FLOW.to("meta")), ValueError, "expected flow on cpu, where x is, got meta; .*to"),
+        (lambda: warp(X.to("meta"), FLOW), ValueError, "expected flow on meta, where x is, got cpu"),
+        (lambda: flow_gradient_penalty(X, X[:, :1]), ValueError, r"expected g of shape \(2, 3, 4, 5\)"),
+        (lambda: flow_gradient_penalty(X, X.half()), ValueError, "expected g of torch.float32.* got torch.float16"),
+        (lambda: flow_gradient_penalty(X, X.to("meta")), ValueError, "expected g on cpu"),
+        (lambda: flow_gradient_penalty(X.long(), X.long()), TypeError, "got torch.int64"),
+        (lambda: flow_gradient_penalty(X, X, -1.0), ValueError, "expected a finite kappa_row >= 0, got -1.0"),
+        (lambda: flow_gradient_penalty(X, X, 1.0, float("nan")), ValueError, "kappa_col >= 0, got nan"),
+        (lambda: flow_smoothness(X), ValueError, r"expected flow of shape \(N, 2, H, W\), got \(2, 3, 4, 5\)"),
+        (lambda: flow_smoothness(FLOW, "four"), ValueError, "expected neighbours 'adjacent' or 'diagonal', got 'four'"),
+        (lambda: flow_smoothness(FLOW.int()), TypeError, "got torch.int32"),
+    ],
+)
+def test_bad_input_is_refused_with_value_and_remedy(call: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(kind, match=words):
+        call()
+
+
+def test_nan_is_passed_on() -> None:
+    x, g, flow = X.clone(), torch.rand_like(X), FLOW.clone()
+    g[0, 0, 1, 1], flow[0, 0, 1, 1] = torch.nan, torch.nan
+    assert flow_gradient_penalty(x, g).isnan().tolist() == [True, False]
+    assert flow_smoothness(flow).isnan().tolist() == [True, False]
+
+
+def test_no_empty_batch_is_refused() -> None:
+    x, flow = X[:0].requires_grad_(), FLOW[:0].requires_grad_()
+    total = warp(x, flow).sum() + flow_gradient_penalty(x, x).sum() + flow_smoothness(flow).sum()
+    assert [grad.shape for grad in torch.autograd.grad(total, (x, flow))] == [x.shape, flow.shape]
+
+
+def test_inputs_are_never_written() -> None:
+    x, g, flow = (torch.randn(2, 2, 4, 5).requires_grad_() for _ in range(3))
+    before = [tensor.detach().clone() for tensor in (x, g, flow)]
+    total = warp(x, flow).square().sum() + flow_gradient_penalty(x, g).sum() + flow_smoothness(flow).sum()
+    firsts = torch.autograd.grad(total, (x, g, flow), create_graph=True)
+    torch.autograd.grad(sum(first.square().sum() for first in firsts), (x, g, flow))
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, g, flow), before, strict=True))
+
+
+def test_cuda_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "robplug_flow.kernels.triton_impl", raising=False)
+    monkeypatch.delattr(kernels, "triton_impl", raising=False)
+    with pytest.warns(UserWarning, match="triton is not installed.*pip install"):
+        assert ops._cuda_kernels.__wrapped__() is reference
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, robplug_flow, robplug_flow.plugin; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ format: $(STAMP)
 # Installed anew whenever the metadata of the host or of a plugin, or the constraints, change.
 $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]" $(foreach plugin,$(PLUGINS),-e $(plugin))
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]" $(foreach plugin,$(PLUGINS),-e "$(plugin)[test]")
 	touch $(STAMP)
 
 clean:

@@ -93,13 +93,13 @@ def run(
     if dry_run:
         _dry_run(plan, out_dir)
         return
-    from robplug.referee.run import Interrupted, run_plan
+    from robplug.referee.run import run_plan
 
     try:
         with _Bar() as bar:
             results = run_plan(plan, registry(), out=out_dir, progress=bar)
-    except Interrupted as stop:
-        err.print(f"stopped; finished chunks are in {stop.path}. To go on:\n  {_command()}", soft_wrap=True)
+    except KeyboardInterrupt:
+        err.print(f"stopped; finished chunks are stored. To go on:\n  {_command()}", soft_wrap=True)
         raise typer.Exit(130) from None
     out.print(results.table())
     results.export()

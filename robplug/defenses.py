@@ -129,9 +129,9 @@ class Stack:
         if len(main) > 1:
             names = " and ".join(type(self.defenses[index]).__name__ for index in main)
             raise InputError("at most one defence with an objective in a stack", names, "train with one of them")
-        if not main:
+        if not self.defenses:
             self.defenses.append(NoDefense())
-        self._main = main[0] if main else -1
+        self._main = main[0] if main else 0  # without an objective among them, that of any is the plain one
         self._prepared: list[Prepared] = []
         self._layers: dict[str, nn.Module] = {}
 

@@ -23,7 +23,7 @@ def robplug_attacks() -> list[AttackSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def robplug_defenses() -> list[DefenseSpec]:  # type: ignore[empty-body]
-    """Defences for training. ``make`` names a frozen dataclass with any of the pieces of `robplug.training.Defense`."""
+    """Defences for training. ``make`` names a frozen dataclass derived from `robplug.defenses.Defense`."""
 
 
 @hookspec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from types import FrameType
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function return True; the second acts as ever.
+def deferred_interrupt(notice: str = "") -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C prints a notice and makes the yielded function return True; the second acts as ever.
 
     Outside the main thread, which no signal reaches, nothing is changed.
     """
@@ -23,6 +24,8 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     def remember(number: int, frame: FrameType | None) -> None:
         asked.set()
+        if notice:
+            print(f"\n{notice}", file=sys.stderr)
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, remember)

@@ -43,6 +43,17 @@ def global_numbers() -> tuple[object, ...]:
     return (torch.get_rng_state().numpy().tobytes(), numbers["key"].tobytes(), numbers["pos"], random.getstate())
 
 
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Inside, torch works with this many threads on the CPU; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class _Saved:
     tensor: Tensor

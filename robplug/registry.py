@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class Registry:
             raise PlanError("", f"{library} has the attack {canonical!r} {has}, and the threat is {threat.norm}{why}")
         spec = fitting[0]
         if spec.harmonise is None:
-            return spec, dataclasses.asdict(settings)
+            return spec, dict(vars(settings))
         return spec, resolve_path(spec.harmonise)(settings, threat)
 
     def canonical_libraries(self, canonical: str, norm: str) -> list[str]:
@@ -167,7 +167,7 @@ def canonical_settings(canonical: str, params: dict[str, Any]) -> Any:
     if canonical not in CANONICAL:
         near = difflib.get_close_matches(canonical, CANONICAL, n=3)
         raise UnknownNameError("attack", canonical, near)
-    names = [item.name for item in dataclasses.fields(CANONICAL[canonical])]
+    names = list(inspect.signature(CANONICAL[canonical]).parameters)
     for key in params:
         if key not in names:
             raise InputError(f"a parameter of {canonical}", repr(key), f"it has {', '.join(names)}")

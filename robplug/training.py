@@ -18,7 +18,7 @@ from robplug.data import Dataset
 from robplug.defenses import Defense, Losses, Stack
 from robplug.errors import InputError, StoreError
 from robplug.interrupt import deferred_interrupt
-from robplug.isolation import seeded_globals
+from robplug.isolation import cpu_threads, seeded_globals
 from robplug.referee.store import explained, write_json
 from robplug.rng import Rng
 from robplug.step import Step
@@ -27,7 +27,6 @@ from robplug.training_plan import Options, read_options
 from robplug.training_progress import Progress
 from robplug.training_setup import (
     check_data,
-    cpu_threads,
     differences,
     make_fabric,
     make_optimizer,

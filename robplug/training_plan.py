@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from robplug.errors import InputError, PlanError, RobplugError
 from robplug.referee.plan import AttackEntry, DatasetEntry, TargetEntry, read_toml
+from robplug.validation import problems
 
 
 class Options(BaseModel):
@@ -99,7 +99,7 @@ def read_options(options: dict[str, Any]) -> Options:
     try:
         return Options.model_validate(options)
     except ValidationError as error:
-        raise InputError("options of training that fit", _problems(error)) from None
+        raise InputError("options of training that fit", problems(error, {"": Options})) from None
 
 
 def load_train_plan(path: str | Path) -> TrainPlan:
@@ -112,7 +112,7 @@ def load_train_plan(path: str | Path) -> TrainPlan:
     try:
         return TrainPlan.model_validate(content)
     except ValidationError as error:
-        raise PlanError(str(path), _problems(error)) from None
+        raise PlanError(str(path), problems(error, {"": TrainPlan, "dataset": TrainingData})) from None
 
 
 def run_train_plan(path: str | Path, progress: bool = True) -> Path:
@@ -146,22 +146,3 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
         raise PlanError(f"{where}: defenses", str(error)) from error
     fit(model, dataset, defenses, out=plan.out, resume=True, progress=progress, **plan.options)
     return Path(plan.out) / WEIGHTS
-
-
-def _problems(error: ValidationError) -> str:
-    return "; ".join(_problem(dict(item)) for item in error.errors(include_url=False))
-
-
-def _problem(item: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {"dataset": TrainingData}
-        known = models.get(key.partition(".")[0], TrainPlan).model_fields
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"
-    elif item["type"] == "missing":
-        message = "is missing"
-    elif item["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, got {item['input']!r}"
-    return f"{key}: {message}" if key else message

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,17 +47,6 @@ def split_rows(count: int, options: Options) -> tuple[Tensor, Tensor]:
         raise InputError(f"held_out that leaves some of {count} samples on both sides", options.held_out)
     order = torch.randperm(count, generator=generator)
     return order[held:].sort().values, order[:held].sort().values
-
-
-@contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """Inside, torch works with this many threads on the CPU; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_fabric(options: Options) -> Fabric:

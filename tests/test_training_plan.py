@@ -46,7 +46,7 @@ def test_a_plan_trains_and_can_be_repeated(tmp_path: Path, capsys: pytest.Captur
         results.append(load_file(run_train_plan(plan)))
     assert_same(*results)
     record = json.loads((tmp_path / "out0" / "train.json").read_text())
-    assert record["defenses"][0]["eps"] == 0.2 and record["schema_version"] == 1
+    assert len(record["defenses"]) == 1 and record["defenses"][0]["eps"] == 0.2 and record["schema_version"] == 1
     assert record["data"] == robplug.dataset("digits", split="train").head(200).digest
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(

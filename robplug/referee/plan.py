@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from robplug.errors import PlanError
+from robplug.validation import problems
 
 SHORTEST = "minimal"
 """An eps that asks for the smallest distance instead of giving a radius."""
@@ -146,6 +146,7 @@ class Plan(_Entry):
         batch_size: samples per forward pass of the referee.
         keep: ``examples`` keeps some adversarial images of each cell, ``all`` all of them, ``none`` none.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        threads: of torch on the CPU; its own choice without. One is fastest for small networks.
         timeout_s: time limit of a chunk for attacks that name none.
     """
 
@@ -159,6 +160,7 @@ class Plan(_Entry):
     batch_size: Annotated[int, Field(ge=1)] = 256
     keep: Literal["examples", "all", "none"] = "examples"
     device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -187,7 +189,13 @@ def load_plan(source: Mapping[str, Any] | str | Path) -> tuple[Plan, str]:
     try:
         return Plan.model_validate(content), where
     except ValidationError as error:
-        raise plan_error(where, error) from None
+        tables: dict[str, type[BaseModel]] = {
+            "": Plan,
+            "targets": TargetEntry,
+            "datasets": DatasetEntry,
+            "threats": ThreatEntry,
+        }
+        raise PlanError(where, problems(error, tables)) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -202,28 +210,3 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise PlanError(str(path), f"cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(str(path), f"is not valid TOML: {error}") from None
-
-
-def plan_error(where: str, error: ValidationError) -> PlanError:
-    """Turns what pydantic found into one PlanError that names each key, the value and the remedy."""
-    problems = []
-    for item in error.errors(include_url=False):
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = _unknown_key(item["loc"])
-        elif item["type"] == "missing":
-            message = "is missing"
-        elif item["type"] != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, got {item['input']!r}"
-        problems.append(f"{key}: {message}" if key else message)
-    return PlanError(where, "; ".join(problems))
-
-
-def _unknown_key(loc: tuple[int | str, ...]) -> str:
-    entries: dict[str, type[BaseModel]] = {"targets": TargetEntry, "datasets": DatasetEntry, "threats": ThreatEntry}
-    model = entries.get(str(loc[0]), Plan) if len(loc) > 1 else Plan
-    near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
-    return (
-        f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(model.model_fields)}"
-    )

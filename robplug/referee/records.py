@@ -77,7 +77,10 @@ def cell_record(job: Job, number: int, store: CellStore) -> dict[str, Any]:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()  # sums are taken in another order with another number of them
+    return f"cpu, {count} thread{'s' * (count > 1)}"
 
 
 def provenance(plan: Plan, where: str) -> dict[str, Any]:

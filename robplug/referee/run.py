@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from robplug.isolation import seeded_globals
+from robplug.interrupt import deferred_interrupt
+from robplug.isolation import cpu_threads, seeded_globals
 from robplug.referee.guard import Assignment, Outcome, run_guarded
 from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job, goals, prepare
@@ -26,6 +24,7 @@ from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.types import SampleResult, ThreatModel
 
+STOPPING = "stopping after this chunk is stored; Ctrl-C again stops now"
 EXAMPLES = 8
 """Images of a cell that are kept for the report."""
 
@@ -76,7 +75,7 @@ def run_plan(
     settings, where = load_plan(plan)
     store = Store(out or settings.out)
     hear = progress or _Silent()
-    with store.locked(), _polite_interrupt(store.path) as stop:
+    with store.locked(), cpu_threads(settings.threads), deferred_interrupt(STOPPING) as asked:
         jobs = prepare(settings, registry, where)
         store.write_run({**provenance(settings, where), "cells": [job.key for job in jobs]})
         hear.begin(sum(len(job.dataset) for job in jobs))
@@ -84,7 +83,8 @@ def run_plan(
         for number, job in enumerate(jobs):
             for chunk in run_cell(job, number, settings, store.cell(job.key), clean):
                 hear.advance(f"{job.cell.target.name}: {job.cell.label}", chunk.samples, chunk.done_before)
-                stop()
+                if asked():
+                    raise Interrupted(store.path)
     return Results(store.path)
 
 
@@ -212,30 +212,3 @@ def _keep_images(
         store.write_arrays(f"adversarials-{index:05d}.safetensors", arrays)
     if index == 0:
         store.write_arrays("examples.safetensors", {name: array[:EXAMPLES] for name, array in arrays.items()})
-
-
-@contextmanager
-def _polite_interrupt(path: Path) -> Iterator[Any]:
-    """The first Ctrl-C lets the chunk under way finish; the second stops at once."""
-    asked = False
-
-    def remember(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise Interrupted(path)
-        asked = True
-        print("\nstopping after this chunk is stored; Ctrl-C again stops now", file=sys.stderr)
-
-    def stop() -> None:
-        if asked:
-            raise Interrupted(path)
-
-    try:
-        old = signal.signal(signal.SIGINT, remember)
-    except ValueError:  # not in the main thread: Ctrl-C is the caller's
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, old)

@@ -94,6 +94,19 @@ def test_model_and_global_numbers_are_left_as_they_were() -> None:
     assert global_numbers() == numbers
 
 
+def test_without_labels_the_predictions_in_eval_mode_are_meant() -> None:
+    model, x = network(), images()
+    target = from_module(model, classes=CLASSES)
+    model[1].running_mean.add_(0.5)
+    model[1].running_var.mul_(9.0)
+    in_eval, expected = target.predict(x), run(target, "fast-gradient-method", x, "linf", 0.1)
+    model.train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not torch.equal(target.predict(x), in_eval), "the modes are meant to disagree"
+    model.load_state_dict(state)
+    assert torch.equal(run(target, "fast-gradient-method", x, "linf", 0.1), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "params"),
     [("hop-skip-jump", HSJ), ("boundary", BOUNDARY), ("sim-ba", {"max_iter": 20})],

@@ -16,7 +16,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 import robplug
-from robplug.adapters.art.trainer import make_trainer
+from robplug.adapters.art.training import make_trainer
 from robplug.adversarial import AdversarialTraining
 from robplug.defenses import Defense, Prepared
 from robplug.errors import InputError

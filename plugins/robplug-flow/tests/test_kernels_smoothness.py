@@ -53,6 +53,16 @@ def test_gradcheck_and_gradgradcheck(neighbours: str) -> None:
     assert torch.autograd.gradgradcheck(lambda flow: flow_smoothness(flow, neighbours), (flow,))
 
 
+def test_value_and_gradient_are_differentiated_together(plain_smoothness: Callable[..., Tensor]) -> None:
+    flow = torch.randn(2, 2, 3, 4, dtype=torch.float64).requires_grad_()
+    found = []
+    for smoothness in (flow_smoothness, plain_smoothness):
+        value = smoothness(flow, "adjacent")
+        (slope,) = torch.autograd.grad(value.sum(), flow, create_graph=True)
+        found.append(torch.autograd.grad(value.square().sum() + slope.square().sum(), flow))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("neighbours", NEIGHBOURS)
 def test_strides_and_parts_do_not_matter(poisoned: None, neighbours: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = torch.randn(5, 2, 6, 7)

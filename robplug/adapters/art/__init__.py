@@ -72,6 +72,6 @@ def trainer(name: str | Iterable[Any], estimator: PyTorchClassifier, **params: A
         >>> x, y = numpy.full((4, 1, 2, 2), 0.5, dtype="float32"), numpy.array([0, 1, 2, 0])
         >>> trainer("robplug/at", classifier, eps=0.1).fit(x, y, batch_size=2, nb_epochs=1)
     """
-    from robplug.adapters.art.trainer import make_trainer
+    from robplug.adapters.art.training import make_trainer
 
     return make_trainer(name, estimator, **params)

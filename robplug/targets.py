@@ -118,7 +118,7 @@ class _Averaged(nn.Module):
         return torch.stack([self.module(x) for _ in range(self.draws)]).mean(0)
 
 
-class _Substitute(torch.autograd.Function):
+class Substitute(torch.autograd.Function):
     """The value of one tensor with the gradient of another."""
 
     @staticmethod
@@ -142,7 +142,7 @@ class _Defended(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             value = self.transform(x)
-        value = _Substitute.apply(value, self.backward_approximation(x))  # type: ignore[no-untyped-call]
+        value = Substitute.apply(value, self.backward_approximation(x))  # type: ignore[no-untyped-call]
         return self.model(value)  # type: ignore[no-any-return]
 
 

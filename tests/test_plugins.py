@@ -308,9 +308,9 @@ def test_a_canonical_attack_that_a_library_lacks_is_refused_with_what_it_has():
     with pytest.raises(RobplugError, match="robplug has the attack 'deepfool' not at all"):
         registry.harmonised("deepfool", "robplug", {}, ThreatModel("l2", 1))
     with pytest.raises(
-        RobplugError, match=r"flow has the attack 'pgd' not at all.*no plugin of that name is installed"
+        RobplugError, match=r"cleverhans has the attack 'pgd' not at all.*no plugin of that name is installed"
     ):
-        registry.harmonised("pgd", "flow", {}, ThreatModel("l2", 1))
+        registry.harmonised("pgd", "cleverhans", {}, ThreatModel("l2", 1))
     spec, params = registry.harmonised("pgd", "robplug", {"steps": 3}, ThreatModel("l2", 1))
     assert (spec.name, params["steps"], params["random_start"]) == ("robplug/pgd", 3, True)
 

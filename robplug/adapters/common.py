@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from robplug.errors import RobplugError
-from robplug.types import AttackSpec
+from robplug.errors import RobplugError, ThreatError
+from robplug.types import AttackSpec, ThreatModel
 
 DISTRIBUTIONS = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox", "torchattacks": "torchattacks"}
 
@@ -68,7 +68,7 @@ def spec_name(library: str, name: str) -> str:
         >>> spec_name("torchattacks", "PGDL2")
         'torchattacks/pgdl2'
     """
-    words = re.sub(r"Attack$", "", name)
+    words = re.sub(r"Attack$", "", name).replace("PyTorch", "Pytorch")
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", words)
     return f"{library}/{words.lower()}"
 
@@ -129,6 +129,18 @@ class ForeignAttack:
 
     entry: ClassVar[Mapping[str, Any]]
     foreign: ClassVar[type[Any]]
+
+    def check_serves(self, threat: ThreatModel) -> None:
+        """Refuses a threat whose norm or goal the library's attack does not know.
+
+        Raises:
+            ThreatError: it does not.
+        """
+        name, norms = self.entry["name"], self.entry["norms"]
+        if threat.norm not in norms:
+            raise ThreatError(f"expected a norm that {name} serves ({', '.join(norms)}), got {threat.norm}")
+        if not self.entry["targeted" if threat.targeted else "untargeted"]:
+            raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
 
     def params(self) -> dict[str, Any]:
         """Returns the library's own parameters."""

@@ -31,6 +31,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from robplug.adapters.common import ForeignAttack, make_attack_class
+from robplug.adapters.unit_box import to_unit, unit_eps
 from robplug.attacks import radius
 from robplug.errors import InputError, ThreatError
 from robplug.inputs import check_batch
@@ -93,12 +94,7 @@ class ArtAttack(ForeignAttack):
 
     def _check(self, target: Target, x: Tensor, threat: ThreatModel) -> None:
         name, needs = self.entry["name"], self.entry["needs"]
-        if threat.norm not in self.entry["norms"]:
-            raise ThreatError(
-                f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}"
-            )
-        if not self.entry["targeted" if threat.targeted else "untargeted"]:
-            raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
+        self.check_serves(threat)
         if OFFERS.index(target.offers) < OFFERS.index(needs):
             raise ThreatError(f"expected a target with {needs} for {name}, got one with {target.offers}")
         if self._name in IMAGES and x.dim() != 4:
@@ -106,7 +102,7 @@ class ArtAttack(ForeignAttack):
 
     def _attack(self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng) -> Tensor:
         unit = self._name in UNIT_BOX
-        clean = (_to_unit(x, threat.bounds) if unit else x.detach()).float()
+        clean = (to_unit(x, threat.bounds) if unit else x.detach()).float()
         estimator = self._estimator(target, x)
         one_hot = nn.functional.one_hot(labels, estimator.nb_classes).float()
         arguments: dict[str, Any] = {"y": one_hot.cpu().numpy()}
@@ -144,7 +140,7 @@ class ArtAttack(ForeignAttack):
         if self._name not in ONE_BY_ONE:
             decided["batch_size"] = count
         if self.entry["budget"] == "fixed":
-            decided["eps"] = _unit_eps(threat) if self._name in UNIT_BOX else radius(threat)
+            decided["eps"] = unit_eps(radius(threat), threat.bounds) if self._name in UNIT_BOX else radius(threat)
         known = inspect.signature(self.foreign.__init__).parameters
         settings = {**{key: value for key, value in decided.items() if key in known}, **self.params()}
         if self._name == "UniversalPerturbation" and settings["attacker"] != "fgsm":  # which shows no progress
@@ -195,7 +191,7 @@ def _on_device(x: Tensor) -> Any:
 @contextmanager
 def _seeded_cma() -> Iterator[None]:
     """Lets CMA-ES go on with numpy's random numbers, which it would else seed by the clock."""
-    import cma  # type: ignore[import-untyped]
+    import cma
 
     options = cma.CMAOptions.defaults()
     seed, options["seed"] = options["seed"], np.nan
@@ -203,19 +199,6 @@ def _seeded_cma() -> Iterator[None]:
         yield
     finally:
         options["seed"] = seed
-
-
-def _to_unit(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    low, high = bounds
-    return x.detach() if bounds == (0.0, 1.0) else ((x.detach() - low) / (high - low)).clamp_(0.0, 1.0)
-
-
-def _unit_eps(threat: ThreatModel) -> float:
-    eps = radius(threat)
-    if threat.bounds == (0.0, 1.0):
-        return eps
-    # the library may overstep by the rounding of its last addition, at most 2 ** -25, which the map back would enlarge
-    return max(eps / (threat.bounds[1] - threat.bounds[0]) - 2.0**-25, 0.0)
 
 
 def _without_rounding(x_adv: Tensor, bounds: tuple[float, float]) -> Tensor:

@@ -162,7 +162,7 @@ def _classes() -> Iterator[type[Any]]:
 
 
 def _identity(name: str, module: str) -> dict[str, Any]:
-    return {"name": spec_name("art", name.replace("PyTorch", "Pytorch")), "object": f"{module}:{name}"}
+    return {"name": spec_name("art", name), "object": f"{module}:{name}"}
 
 
 def _offered(name: str, module: str, flags: dict[str, Any]) -> dict[str, Any]:

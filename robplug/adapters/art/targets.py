@@ -12,7 +12,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from robplug.errors import InputError
-from robplug.targets import Target, _Substitute, from_module
+from robplug.targets import Substitute, Target, from_module
 
 OWN = ("bounds", "classes", "offers", "transform")
 
@@ -89,4 +89,4 @@ class _Estimator(nn.Module):
         if value.shape != tensor.shape:
             remedy = "leave backward out, or use another attack"
             raise InputError("a defence that keeps the shape, for the identity backward", tuple(value.shape), remedy)
-        return _Substitute.apply(value, tensor)  # type: ignore[no-any-return, no-untyped-call]
+        return Substitute.apply(value, tensor)  # type: ignore[no-any-return, no-untyped-call]

@@ -17,8 +17,8 @@ from foolbox.criteria import Criterion, Misclassification, TargetedMisclassifica
 from torch import Tensor
 
 from robplug.adapters.common import ForeignAttack, make_attack_class
+from robplug.adapters.unit_box import from_unit, to_unit
 from robplug.attacks import radius
-from robplug.errors import ThreatError
 from robplug.inputs import check_batch
 from robplug.isolation import ModuleState, seeded_globals
 from robplug.targets import Target, evaluation_mode
@@ -60,14 +60,14 @@ class FoolboxAttack(ForeignAttack):
         y_goal: Tensor | None = None,
     ) -> Perturbed:
         """Attacks a batch; see `robplug.types.Attack.run`."""
-        self._check(threat)
-        labels = check_batch(target, x, y, threat, y_goal)
+        self.check_serves(threat)
         if len(x) == 0:
             return Perturbed(x.clone())
         rows = torch.eye(len(x), dtype=torch.bool) if self._name in ONE_BY_ONE else torch.ones(1, len(x)).bool()
         before = ModuleState(target.module)
         try:
             with evaluation_mode(target.module):
+                labels = check_batch(target, x, y, threat, y_goal)
                 parts = [self._attack(target, x[row], labels[row], threat, rng.select(row)) for row in rows]
         finally:
             before.restore()
@@ -76,15 +76,6 @@ class FoolboxAttack(ForeignAttack):
     @property
     def _name(self) -> str:
         return type(self).__name__
-
-    def _check(self, threat: ThreatModel) -> None:
-        name = self.entry["name"]
-        if threat.norm not in self.entry["norms"]:
-            raise ThreatError(
-                f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}"
-            )
-        if not self.entry["targeted" if threat.targeted else "untargeted"]:
-            raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
 
     def _attack(
         self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng
@@ -97,13 +88,13 @@ class FoolboxAttack(ForeignAttack):
         clean = x
         if self._name in UNIT_BOX:
             model = model.transform_bounds((0, 1))
-            clean, eps = _to_unit(x, threat.bounds), eps and eps / (threat.bounds[1] - threat.bounds[0])
+            clean, eps = to_unit(x, threat.bounds), eps and eps / (threat.bounds[1] - threat.bounds[0])
         with seeded_globals(rng.batch_seed()):
             raw, found, claim = self._call(model, clean, labels, threat.targeted, eps, threat.norm)
         found = _no_rounding_out(raw, found, model.bounds)
         if eps is None:
             found = torch.where(claim.view(-1, *[1] * (x.dim() - 1)), found, clean)
-        return (_from_unit(x, found, threat.bounds) if self._name in UNIT_BOX else found), claim
+        return (from_unit(x, found, threat.bounds) if self._name in UNIT_BOX else found), claim
 
     def _call(
         self, model: Any, x: Tensor, labels: Tensor, targeted: bool, eps: float | None, norm: str
@@ -137,21 +128,6 @@ def _no_rounding_out(raw: Tensor, found: Tensor, bounds: tuple[float, float]) ->
     """Takes back what the clipping to the ball rounds out of the box; what the attack itself put outside stays."""
     low, high = bounds
     return torch.where((raw >= low) & (raw <= high), found.clamp(low, high), found)
-
-
-def _to_unit(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    low, high = bounds
-    return x.clone() if bounds == (0.0, 1.0) else ((x - low) / (high - low)).clamp_(0.0, 1.0)
-
-
-def _from_unit(x: Tensor, found: Tensor, bounds: tuple[float, float]) -> Tensor:
-    if bounds == (0.0, 1.0):
-        return found
-    low, high = bounds
-    # the change is mapped and not the image: a value that was left alone stays the same to the bit
-    x_adv = x + (found - _to_unit(x, bounds)) * (high - low)
-    # only the rounding of the map is taken back: what lay outside the box before it stays outside
-    return torch.where((found >= 0) & (found <= 1), x_adv.clamp(low, high), x_adv)
 
 
 @functools.cache

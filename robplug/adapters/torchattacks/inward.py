@@ -12,15 +12,15 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from robplug.adapters.common import ForeignAttack, make_attack_class
+from robplug.adapters.unit_box import from_unit, to_unit
 from robplug.attacks import radius
-from robplug.errors import InputError, ThreatError
+from robplug.errors import InputError
 from robplug.inputs import check_batch
 from robplug.isolation import ModuleState, seeded_globals
-from robplug.targets import Target
+from robplug.targets import Target, evaluation_mode
 from robplug.types import Perturbed, ThreatModel
 
 if TYPE_CHECKING:
@@ -46,30 +46,25 @@ class TorchattacksAttack(ForeignAttack):
     ) -> Perturbed:
         """Attacks a batch; see `robplug.types.Attack.run`. There is no claim: the library makes none."""
         self._check(x, threat)
-        labels = check_batch(target, x, y, threat, y_goal)
         if len(x) == 0:
             return Perturbed(x.clone())
         before = ModuleState(target.module)
         seed = rng.batch_seed()
         try:
-            with seeded_globals(seed):
+            with evaluation_mode(target.module), seeded_globals(seed):
+                labels = check_batch(target, x, y, threat, y_goal)
                 attack = self._make(target, x, threat, seed)
-                found = attack(_to_unit(x, threat.bounds).reshape(_image_shape(x)), labels)
+                found = attack(to_unit(x, threat.bounds).reshape(_image_shape(x)), labels)
         finally:
             before.restore()
         found = found.detach().to(x.dtype).reshape(x.shape)
-        return Perturbed(_from_unit(x, found, threat.bounds))
+        return Perturbed(from_unit(x, found, threat.bounds))
 
     def _check(self, x: Tensor, threat: ThreatModel) -> None:
-        name = self.entry["name"]
-        if threat.norm not in self.entry["norms"]:
-            raise ThreatError(
-                f"expected a norm that {name} serves ({', '.join(self.entry['norms'])}), got {threat.norm}"
-            )
-        if not self.entry["targeted" if threat.targeted else "untargeted"]:
-            raise ThreatError(f"expected a threat that {name} serves, got targeted={threat.targeted}")
+        self.check_serves(threat)
         if type(self).__name__ in THREE_CHANNELS and (x.dim() != 4 or x.shape[1] != 3):
-            raise InputError(f"images with three colours (N, 3, H, W) for {name}", tuple(x.shape), "use another attack")
+            expected = f"images with three colours (N, 3, H, W) for {self.entry['name']}"
+            raise InputError(expected, tuple(x.shape), "use another attack")
 
     def _make(self, target: Target, x: Tensor, threat: ThreatModel, seed: int) -> Any:
         known = inspect.signature(self.foreign).parameters
@@ -109,21 +104,6 @@ class _Shell(nn.Module):
 
 def _image_shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape) if x.dim() == 4 else (len(x), 1, 1, x[0].numel())
-
-
-def _to_unit(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    low, high = bounds
-    return x.clone() if bounds == (0.0, 1.0) else ((x - low) / (high - low)).clamp_(0.0, 1.0)
-
-
-def _from_unit(x: Tensor, found: Tensor, bounds: tuple[float, float]) -> Tensor:
-    if bounds == (0.0, 1.0):
-        return found
-    low, high = bounds
-    # the change is mapped and not the image: a value that was left alone stays the same to the bit
-    x_adv = x + (found - _to_unit(x, bounds)) * (high - low)
-    # only the rounding of the map is taken back: what lay outside the box before it stays outside
-    return torch.where((found >= 0) & (found <= 1), x_adv.clamp(low, high), x_adv)
 
 
 @functools.cache

@@ -191,27 +191,29 @@ def _taps(flow: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         (N, 1, H*W); the weight of the lower ones and the weight of the right ones, each (N, 1, H*W).
     """
     n, _, height, width = flow.shape
-    rows = torch.arange(height, dtype=flow.dtype, device=flow.device)[:, None]
-    cols = torch.arange(width, dtype=flow.dtype, device=flow.device)
-    upper, lower, down = _neighbours(flow[:, 0], rows, height)
-    left, right, along = _neighbours(flow[:, 1], cols, width)
-    corners = [(row * width + col).reshape(n, 1, -1) for row in (upper, lower) for col in (left, right)]
+    upper, lower, down = _neighbours(flow[:, 0], height, 2)
+    left, right, along = _neighbours(flow[:, 1], width, 3)
+    corners = [(row * width + col).long().reshape(n, 1, -1) for row in (upper, lower) for col in (left, right)]
     return corners, down.reshape(n, 1, -1), along.reshape(n, 1, -1)
 
 
-def _neighbours(offset: Tensor, position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns along one axis both neighbours of position + offset, int64, and the weight of the second.
+def _neighbours(offset: Tensor, size: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns along one axis of the images both neighbours of position + offset, and the weight of the second.
 
     The weight is a fraction of the offset alone: adding the position first would round an offset just below zero to
     zero, or one at zero to just below, and take the difference on the wrong side. A point outside has two equal
     neighbours, and so no slope. NaN stays in the weight.
     """
+    # index arithmetic is several times faster in int32, wherever the pixels can be counted in it
+    pixels = offset.shape[1] * offset.shape[2]
+    counter = torch.int32 if pixels < 2**31 else torch.int64
+    position = torch.arange(size, dtype=counter, device=offset.device).view(-1, *[1] * (3 - dim))
     offset = offset.clamp(-size, size)
     whole = offset.detach().floor().nan_to_num_(0.0)
     weight = offset - whole
-    first = whole.add_(position)
-    second = (first + 1).clamp_(0, size - 1).long()
-    return first.clamp_(0, size - 1).long(), second, weight
+    first = whole.to(counter).add_(position)
+    second = (first + 1).clamp_(0, size - 1)
+    return first.clamp_(0, size - 1), second, weight
 
 
 def _gather(x: Tensor, indices: list[Tensor]) -> list[Tensor]:

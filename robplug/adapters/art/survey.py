@@ -8,17 +8,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata as metadata
 import inspect
-import json
 import pkgutil
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import art.attacks.evasion
 from art.attacks.attack import EvasionAttack
 
 from robplug.adapters.common import DISTRIBUTIONS, spec_name
+from robplug.adapters.survey import can, write_catalogue
 
 EVASION = "art.attacks.evasion"
 
@@ -30,27 +29,6 @@ DECIDED = frozenset(
 
 OWN = {("AutoAttack", "targeted")}
 """Not the threat's: whether the targeted variants are run as well, to the same untargeted end."""
-
-
-def can(
-    *norms: str,
-    budget: str = "fixed",
-    targeted: bool = True,
-    untargeted: bool = True,
-    needs: str = "gradients",
-    stochastic: bool = False,
-    canonical: str | None = None,
-) -> dict[str, Any]:
-    """Returns the capabilities of one class, as the catalogue has them."""
-    return {
-        "norms": list(norms),
-        "budget": budget,
-        "targeted": targeted,
-        "untargeted": untargeted,
-        "needs": needs,
-        "stochastic": stochastic,
-        "canonical": canonical,
-    }
 
 
 _BALL = ("linf", "l2", "l1")
@@ -178,5 +156,4 @@ def _offered(name: str, module: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).with_name("catalogue.json")
-    path.write_text(json.dumps(survey(), indent=1) + "\n", encoding="utf-8")
+    write_catalogue(survey())

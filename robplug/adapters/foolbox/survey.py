@@ -7,41 +7,19 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import inspect
-import json
-from pathlib import Path
 from typing import Any
 
 import foolbox.attacks
 from foolbox.attacks.base import Attack
 
 from robplug.adapters.common import spec_name
+from robplug.adapters.survey import can, write_catalogue
 
 DECIDED = frozenset({"distance", "constraint", "init_attack", "tensorboard"})
 """Parameters that the threat decides, and objects that no plan can name."""
 
 REQUIRED = {("VirtualAdversarialAttack", "steps"): 1}
 """Defaults where the library has none: one power iteration, as in Miyato et al. 2015, section 3.2."""
-
-
-def can(
-    *norms: str,
-    budget: str = "fixed",
-    targeted: bool = True,
-    untargeted: bool = True,
-    needs: str = "gradients",
-    stochastic: bool = False,
-    canonical: str | None = None,
-) -> dict[str, Any]:
-    """Returns the capabilities of one class, as the catalogue has them."""
-    return {
-        "norms": list(norms),
-        "budget": budget,
-        "targeted": targeted,
-        "untargeted": untargeted,
-        "needs": needs,
-        "stochastic": stochastic,
-        "canonical": canonical,
-    }
 
 
 def _gradient_descent() -> dict[str, dict[str, Any]]:
@@ -145,5 +123,4 @@ def _offered(attack: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).with_name("catalogue.json")
-    path.write_text(json.dumps(survey(), indent=1) + "\n", encoding="utf-8")
+    write_catalogue(survey())

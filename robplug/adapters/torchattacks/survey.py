@@ -7,37 +7,15 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import inspect
-import json
-from pathlib import Path
 from typing import Any
 
 import torchattacks
 
 from robplug.adapters.common import spec_name
+from robplug.adapters.survey import can, write_catalogue
 
 DECIDED = frozenset({"self", "model", "eps", "max_epsilon", "norm", "n_classes", "seed", "verbose"})
 """Parameters that threat, target and seed decide."""
-
-
-def can(
-    *norms: str,
-    budget: str = "fixed",
-    targeted: bool = True,
-    untargeted: bool = True,
-    needs: str = "gradients",
-    stochastic: bool = False,
-    canonical: str | None = None,
-) -> dict[str, Any]:
-    """Returns the capabilities of one class, as the catalogue has them."""
-    return {
-        "norms": list(norms),
-        "budget": budget,
-        "targeted": targeted,
-        "untargeted": untargeted,
-        "needs": needs,
-        "stochastic": stochastic,
-        "canonical": canonical,
-    }
 
 
 # An attack that takes no radius is "minimal": what it finds is judged by its distance. FAB takes a radius and drops
@@ -118,5 +96,4 @@ def _offered(attack: type[Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).with_name("catalogue.json")
-    path.write_text(json.dumps(survey(), indent=1) + "\n", encoding="utf-8")
+    write_catalogue(survey())

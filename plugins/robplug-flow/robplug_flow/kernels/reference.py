@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Values of a batch that are worked on at once: beyond a megabyte, page faults cost more than the arithmetic.
-CHUNK = 2**18
+# Values of a batch that are worked on at once: beyond half a megabyte, page faults cost more than the arithmetic.
+CHUNK = 2**17
 # Under the root of the smoothness, so that it has a derivative where two neighbours move alike.
 SOFTENING = 1e-8
 

@@ -164,8 +164,8 @@ def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = problem.ball.decode(z)
             logits = problem.target.logits(x if how.transform is None else how.transform(x, problem.rng))
-            loss = how.loss(logits, problem.labels).sum() * (-1 if problem.targeted else 1)
-        (gradient,) = torch.autograd.grad(loss, z)
+            loss = how.loss(logits, problem.labels).sum()
+        (gradient,) = torch.autograd.grad(-loss if problem.targeted else loss, z)
         total = gradient if total is None else total.add_(gradient)
     assert total is not None  # draws >= 1
     return total if how.draws == 1 else total.div_(how.draws), logits.detach()

@@ -6,7 +6,6 @@ the highest counter word. Draws are made on the CPU and moved, so they are the s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,16 +40,21 @@ class Rng:
         self.ids = tuple(int(i) for i in ids)
         self.restart = restart
         self._calls = 0
+        # shared with all selections, so that a stream goes on where any of them has left it
+        self._pool: list[np.random.Generator | None] = [None] * len(self.ids)
+        self._places: Sequence[int] = range(len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @functools.cached_property
+    @property
     def _streams(self) -> list[np.random.Generator]:
-        counter = [0, 0, 0, self.restart]
-        key = self.seed % _U64
-        keys = [np.array([key, i], dtype=np.uint64) for i in self.ids]  # a list would pass through float64
-        return [np.random.Generator(np.random.Philox(key=k, counter=counter)) for k in keys]
+        """The streams of the rows, made when they are first drawn from: most attacks draw nothing."""
+        for row, place in enumerate(self._places):
+            if self._pool[place] is None:
+                key = np.array([self.seed % _U64, self.ids[row]], dtype=np.uint64)  # a list would pass through float64
+                self._pool[place] = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, self.restart]))
+        return [stream for place in self._places if (stream := self._pool[place]) is not None]
 
     def select(self, keep: torch.Tensor) -> Rng:
         """Returns the streams of some samples, which go on where they are.
@@ -60,7 +64,7 @@ class Rng:
         """
         rows = keep.nonzero().flatten().tolist()
         part = Rng(self.seed, [self.ids[row] for row in rows], self.restart)
-        part.__dict__["_streams"] = [self._streams[row] for row in rows]
+        part._pool, part._places = self._pool, [self._places[row] for row in rows]
         return part
 
     def at_restart(self, restart: int) -> Rng:

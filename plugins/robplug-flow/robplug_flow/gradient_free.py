@@ -10,11 +10,11 @@ from torch import Tensor
 
 from robplug.attacks import radius
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem, margin
+from robplug.loop import Problem
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
-from robplug_flow.attack import flow_problem
+from robplug_flow.attack import flow_problem, lead
 from robplug_flow.kernels.ops import flow_smoothness
 from robplug_flow.norm import FlowBall
 from robplug_flow.units import to_normalized
@@ -111,14 +111,14 @@ class GradientFree:
         members = ball.project(torch.cat([flow[:, None] + move, flow[:, None] - move], dim=1))
         crowd = replace(ball, x=ball.x.repeat_interleave(self.population, dim=0))
         logits = problem.target.logits(crowd.decode(members.flatten(0, 1)))
-        lead = margin(logits, problem.labels.repeat_interleave(self.population)) * (-1 if problem.targeted else 1)
-        fitness = lead.clamp(max=self.kappa) if self.tau else lead
+        labels = problem.labels.repeat_interleave(self.population)
+        ahead, sure = lead(logits, labels, problem.targeted)
+        fitness = ahead
         if self.tau:
-            fitness = fitness - self.tau * flow_smoothness(to_normalized(members.flatten(0, 1)))
+            fitness = ahead.clamp(max=self.kappa) - self.tau * flow_smoothness(to_normalized(members.flatten(0, 1)))
         one, other = fitness.view(-1, 2, pairs, 1, 1, 1).unbind(1)
         slope = ((one - other) * noise).mean(1)
         size = slope.abs().flatten(1).mean(1).clamp_min_(torch.finfo(slope.dtype).tiny)
-        top, best = lead.view(-1, self.population).max(1)
+        safety, best = (ahead - sure).view(-1, self.population).max(1)
         member = members[torch.arange(len(flow), device=flow.device), best]
-        hits = problem_broken(problem, logits)
-        return member, slope / size.view(-1, 1, 1, 1), top > 0
+        return member, slope / size.view(-1, 1, 1, 1), safety > 0

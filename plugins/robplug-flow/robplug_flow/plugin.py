@@ -55,4 +55,75 @@ def robplug_attacks() -> list[AttackSpec]:
             norms=NORMS,
             stochastic=True,
         ),
+        AttackSpec(
+            name="flow/stadv",
+            make="robplug_flow.stadv:StAdv",
+            summary="the smoothest flow that changes the class",
+            source=f"{PAPER}, section 5.2; Xiao et al. 2018, eq. 2-4",
+            params={
+                "tau": 0.1,
+                "unit": "normalized",
+                "kappa": 0.5,
+                "neighbours": "adjacent",
+                "optimizer": "sgd",
+                "steps": 300,
+                "step_size": 0.1,
+            },
+            norms=NORMS,
+            budget="minimal",
+        ),
+        AttackSpec(
+            name="flow/gradient-free",
+            make="robplug_flow.gradient_free:GradientFree",
+            summary="evolution strategy over flows, on scores alone",
+            source=f"{PAPER}, section 5.2",
+            params={
+                "queries": 2000,
+                "population": 20,
+                "sigma": 0.5,
+                "step_size": 0.1,
+                "tau": 0.0,
+                "kappa": 0.5,
+            },
+            norms=NORMS,
+            needs="scores",
+            stochastic=True,
+        ),
+    ]
+
+
+@hookimpl
+def robplug_defenses() -> list[DefenseSpec]:
+    """The paper's defences."""
+    return [
+        DefenseSpec(
+            name="flow/fgr",
+            make="robplug_flow.defense:FlowGradientRegularization",
+            summary="penalty on the squared flow gradient",
+            source=f"{PAPER}, eq. 11",
+            params={
+                "strength": 400 / 128**2,
+                "normalisation": "sample",
+                "unit": "normalized",
+                "gradient": "exact",
+                "rho": 1e-3,
+            },
+            pieces=("penalty",),
+        ),
+        DefenseSpec(
+            name="flow/igr",
+            make="robplug_flow.defense:InputGradientRegularization",
+            summary="penalty on the input gradient",
+            source=f"{PAPER}, eq. 5; Ross and Doshi-Velez 2018",
+            params={"strength": 3000 / 128**2, "normalisation": "sample", "squared": True},
+            pieces=("penalty",),
+        ),
+        DefenseSpec(
+            name="flow/adt",
+            make="robplug_flow.defense:DeformationTraining",
+            summary="training on multi-step flow examples",
+            source=f"{PAPER}, section 5.3",
+            params={"eps": 0.01, "norm": "flow-normalized", "steps": 7, "step_size": None, "random_start": False},
+            pieces=("objective",),
+        ),
     ]

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem, margin
+from robplug.loop import Problem
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
-from robplug_flow.attack import flow_problem
+from robplug_flow.attack import flow_problem, lead
 from robplug_flow.kernels.ops import flow_smoothness
 from robplug_flow.units import UNITS, Unit, pixels_per_unit
 
 Optimizer = Literal["sgd", "lbfgs"]
 Neighbours = Literal["adjacent", "diagonal"]
-ROUNDING = 2.0**-16
-"""A lead below this share of the largest logit may be lost when another batch size adds in another order."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,9 @@ class StAdv:
             # torch's L-BFGS has one curvature and one line search for all that it is given
             each = torch.eye(len(x), dtype=torch.bool, device=x.device)
             parts = [self._lbfgs(problem.select(one)) for one in each]
-            found = _Best(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
+            found = _Best(
+                *(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True))
+            )
         with torch.no_grad():
             return Perturbed(problem.ball.decode(found.flow), found.flow, found.broken)
 
@@ -130,11 +130,10 @@ class StAdv:
 
         def objective(flow: Tensor) -> Tensor:
             logits = problem.target.logits(problem.ball.decode(flow))
-            lead = margin(logits, problem.labels) * (-1 if problem.targeted else 1)
+            ahead, sure = lead(logits, problem.labels, problem.targeted)
             roughness = flow_smoothness(flow * scale, self.neighbours)
-            sure = ROUNDING * logits.detach().abs().amax(1)
-            best.look(flow.detach(), lead.detach(), roughness.detach(), sure)
-            return self.tau * roughness - lead.clamp(max=self.kappa)
+            best.look(flow.detach(), ahead.detach(), roughness.detach(), sure)
+            return self.tau * roughness - ahead.clamp(max=self.kappa)
 
         return best, objective
 
@@ -145,7 +144,7 @@ class _Best:
 
     Attributes:
         flow: (N, 2, H, W).
-        lead: (N,) of the logit that shall win over the largest other.
+        lead: (N,) as `robplug_flow.attack.lead` has it.
         roughness: (N,) infinite where no flow breaks the sample.
         broken: (N,) bool.
     """

@@ -91,7 +91,7 @@ def digits() -> Case:
     data = robplug.dataset("digits", split="test").head(256)
     model = digits_cnn()
     fit(model, robplug.dataset("digits", split="train"), epochs=10, seed=0, threads=1)
-    return Case("digits CNN", model.eval(), data.x, data.y, 0.1)
+    return Case("digits CNN", model.eval(), data.x, data.y, 0.15)
 
 
 def mnist(folder: Path) -> Case:
@@ -99,7 +99,7 @@ def mnist(folder: Path) -> Case:
     test = robplug.dataset("mnist", split="test", root=str(folder / "mnist")).head(256)
     model = lenet()
     fit(model, train, epochs=2, seed=0)
-    return Case("MNIST LeNet", model.eval(), test.x, test.y, 0.1)
+    return Case("MNIST LeNet", model.eval(), test.x, test.y, 0.2)
 
 
 def cifar(folder: Path) -> Case:

@@ -27,6 +27,7 @@ format: $(STAMP)
 
 # Installed anew whenever the metadata of the host or of a plugin, or the constraints, change.
 $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+	@echo "installing into $(VENV), about 2 GB with PyTorch; this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]" $(foreach plugin,$(PLUGINS),-e "$(plugin)[test]")
 	touch $(STAMP)

@@ -13,7 +13,7 @@ from robplug.loop import Problem, Steps, ascend
 from robplug.norms import Ball
 from robplug.plugins import registry
 from robplug.rng import Rng
-from robplug.targets import Target
+from robplug.targets import Target, settled
 from robplug.types import Perturbed, ThreatModel
 
 
@@ -112,7 +112,8 @@ class Noise:
             left = ~broken
             part = problem.select(left)
             x_adv[left] = part.ball.random(rng.at_restart(draw).select(left))
-            broken[left] = part.broken(target.logits(x_adv[left]))
+            with settled(target.module):
+                broken[left] = part.broken(target.logits(x_adv[left]))
             if bool(broken.all()):
                 break
         return Perturbed(x_adv, None, broken)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
+from robplug.canonical import CANONICAL
 from robplug.errors import RobplugError
 from robplug.plugins import registry
 from robplug.registry import KINDS
@@ -46,19 +48,26 @@ def list_(
     kind: Annotated[str, typer.Argument(help="attacks, defenses, targets, datasets or norms")] = "attacks",
 ) -> None:
     """List what the installed plugins offer; imports neither torch nor an attack library."""
-    single = kind.removesuffix("s")
+    single = kind.removesuffix("s").replace("defence", "defense")
     if single not in KINDS:
         raise typer.BadParameter(f"expected {', '.join(k + 's' for k in KINDS)}, got {kind!r}")
-    table = Table("name", *(_ATTACK_COLUMNS if single == "attack" else ()), "summary")
+    columns = ("name", *(_ATTACK_COLUMNS if single == "attack" else ()), "summary")
+    room = single != "attack" or out.width >= 120
+    table = Table(*(columns if room else columns[:-1]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
     for spec in registry().specs(single):
-        more = (", ".join(spec.norms), spec.budget, spec.needs) if single == "attack" else ()
-        table.add_row(spec.name, *more, spec.summary)
-    out.print(table)
+        more = (", ".join(spec.norms), spec.budget, spec.needs, spec.canonical or "") if single == "attack" else ()
+        if out.is_terminal:
+            table.add_row(spec.name, *more, *([spec.summary] if room else []))
+        else:  # for grep and cut
+            print("\t".join((spec.name, *more, spec.summary)))
+    if out.is_terminal:
+        out.print(table)
     for note in _library_notes() if single == "attack" else ():
         err.print(f"note: {note}")
 
 
-_ATTACK_COLUMNS = ("norms", "budget", "needs")
+_ATTACK_COLUMNS = ("norms", "budget", "needs", "canonical")
 
 
 def _library_notes() -> list[str]:
@@ -71,6 +80,9 @@ def _library_notes() -> list[str]:
 def show(name: Annotated[str, typer.Argument(help="a name of `robplug list`")]) -> None:
     """Show one attack, defence, target, data set or norm: what it is, its source and its parameters."""
     found = [(kind, spec) for kind in KINDS for spec in registry().specs(kind) if spec.name == name]
+    if name in CANONICAL:
+        _show_canonical(name)
+        return
     if not found:
         registry().spec("attack", name)  # raises, with near matches
     for kind, spec in found:
@@ -80,6 +92,17 @@ def show(name: Annotated[str, typer.Argument(help="a name of `robplug list`")]) 
                 out.print(f"  {label}: {', '.join(value) if isinstance(value, tuple) else value}", highlight=False)
         for key, value in spec.params.items():
             out.print(f"  {key} = {value!r}", highlight=False)
+
+
+def _show_canonical(name: str) -> None:
+    """Shows a canonical attack: its parameters, and the libraries that have it."""
+    settings = CANONICAL[name]()
+    out.print(f"[bold]{name}[/bold] (canonical attack)  {(type(settings).__doc__ or '').splitlines()[0]}")
+    for spec in registry().specs("attack"):
+        if spec.canonical == name:
+            out.print(f"  {spec.name}: {', '.join(spec.norms)}", highlight=False)
+    for key, value in vars(settings).items():
+        out.print(f"  {key} = {value!r}", highlight=False)
 
 
 @app.command()
@@ -105,16 +128,20 @@ def run(
     results.export()
     if report_after:
         out.print(f"report: {results.report()}", soft_wrap=True)
-    errors = sum(row["status"] == "error" for row in results.rows())
+    errors = Counter((row["label"], row["note"]) for row in results.rows() if row["status"] == "error")
+    for (label, note), count in errors.items():
+        err.print(f"{count} rows of {label} have status error: {note}", soft_wrap=True, highlight=False, markup=False)
     if errors:
-        err.print(f"{errors} rows have status error; tracebacks are beside them in {results.path / 'cells'}")
+        err.print(f"tracebacks: {results.path / 'cells'}/*/traceback-*.txt", soft_wrap=True)
         raise typer.Exit(1)
 
 
 def _dry_run(plan: Path, out_dir: Path | None) -> None:
     from robplug.referee.outlook import outlook
 
-    table = Table("cell", "target", "attack", "mode", "threat", "samples", "done", "forward", "backward")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("target", "attack", "mode", "threat", "done", "forward", "backward"):
+        table.add_column(column, overflow="fold")
     rows = outlook(plan, registry(), out_dir)
     for row in rows:
         table.add_row(*row.columns())
@@ -168,9 +195,9 @@ class _Bar(Progress):
     """The progress bar of a run: samples, rate and time left."""
 
     def __init__(self) -> None:
-        rate = TextColumn("{task.fields[rate]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), rate)
-        super().__init__(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err)
+        rate, left = TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True)
+        what = TextColumn("{task.description}", table_column=Column(max_width=32, no_wrap=True))
+        super().__init__(what, BarColumn(14), MofNCompleteColumn(), rate, left, TextColumn("left"), console=err)
         self._worked = 0
 
     def begin(self, samples: int) -> None:

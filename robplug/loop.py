@@ -16,7 +16,7 @@ from torch import Tensor
 from robplug.errors import InputError, ThreatError
 from robplug.norms import Ball
 from robplug.rng import Rng
-from robplug.targets import Target
+from robplug.targets import Target, settled
 from robplug.types import Perturbed
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -117,7 +117,8 @@ def ascend(problem: Problem, how: Steps) -> Perturbed:
     for restart in range(how.restarts):
         left = ~broken if look else torch.ones_like(broken)
         part = replace(problem, rng=problem.rng.at_restart(restart)).select(left)
-        z, success = _one_start(part, how, look)
+        with settled(problem.target.module):
+            z, success = _one_start(part, how, look)
         best = best.masked_scatter(left.view(-1, *[1] * (best.dim() - 1)), z)
         broken = broken.masked_scatter(left, success)
         if look and bool(broken.all()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,10 @@ class Target:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Returns the predicted classes, (N,) int64: the largest mean probability over ``draws`` draws."""
-        if self.draws == 1:
-            return self.logits(x).argmax(1)
-        mean = torch.stack([self.logits(x).softmax(1) for _ in range(self.draws)]).mean(0)
-        return mean.argmax(1)
+        with settled(self.module):
+            if self.draws == 1:
+                return self.logits(x).argmax(1)
+            return torch.stack([self.logits(x).softmax(1) for _ in range(self.draws)]).mean(0).argmax(1)
 
     def reset(self, seed: int) -> None:
         """Calls ``reset(seed)`` of every submodule that has it, so that a stochastic model starts over."""
@@ -199,6 +199,16 @@ def from_module(
         substitute = backward if callable(backward) else (lambda x: x)
         module = _Defended(model, transform, substitute)
     return Target(module, bounds, classes, offers, "classification", stochastic, eot, draws)
+
+
+@contextmanager
+def settled(module: nn.Module) -> Iterator[None]:
+    """Puts a module that is in train mode into eval mode for a while; leaves any other as its parts are.
+
+    So an attack on a model in training moves no statistics, and a caller that has set modes on purpose keeps them.
+    """
+    with evaluation_mode(module) if module.training else nullcontext():
+        yield
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from robplug.errors import InputError, PlanError, RobplugError
-from robplug.referee.plan import AttackEntry, DatasetEntry, TargetEntry, read_toml
+from robplug.referee.plan import DatasetEntry, TargetEntry, as_number, read_toml
 from robplug.validation import problems
 
 
@@ -59,8 +59,17 @@ class TrainingData(DatasetEntry):
     split: str = "train"
 
 
-class DefenseEntry(AttackEntry):
+class DefenseEntry(BaseModel):
     """A defence; keys other than ``name`` are its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters given, fractions read as numbers."""
+        return {key: as_number(value) for key, value in (self.model_extra or {}).items()}
 
 
 def _by_name(value: Any) -> Any:

@@ -111,3 +111,15 @@ def test_evaluation_mode_gives_every_module_its_mode_back() -> None:
         assert not model[0].training
         raise RuntimeError("inside")
     assert model.training and model[0].training and not model[1].training
+
+
+def test_an_attack_on_a_model_in_train_mode_moves_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(16, 3)).train()
+    x = torch.rand(6, 1, 4, 4)
+    target = robplug.target(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("robplug/pgd", "robplug/fgsm", "robplug/noise"):
+        for y in (None, torch.zeros(6, dtype=torch.int64)):
+            robplug.attack(name).run(target, x, y, robplug.ThreatModel("linf", 0.2), Rng(0, range(6)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(part.training for part in model.modules())

@@ -94,10 +94,11 @@ def _of_attack(
     plan: Plan, entry: AttackEntry, bounds: tuple[float, float], registry: Registry, where: str
 ) -> Iterator[dict[str, Any]]:
     """Yields what the cells of one attack entry have in common, a dict per library and threat."""
+    have = sorted({threat.norm for threat in plan.threats})
+    for norm in entry.norms or ():
+        if norm not in have:
+            raise PlanError(f"{where}.norms", f"{norm!r} is no threat of the plan, which has {', '.join(have)}")
     threats = [threat for threat in plan.threats if entry.norms is None or threat.norm in entry.norms]
-    if not threats:
-        have = ", ".join(sorted({threat.norm for threat in plan.threats}))
-        raise PlanError(f"{where}.norms", f"none of {entry.norms} is a threat of the plan, which has {have}")
     for threat in threats:
         for library in _libraries(entry, threat, registry, where):
             for eps in _radii(entry, threat, library, registry, where):

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from robplug.data import Dataset
 from robplug.errors import PlanError
+from robplug.isolation import seeded_globals
 from robplug.norms import Norm
 from robplug.referee.cells import Cell, Identity, cell_key, expand
-from robplug.referee.load import identify, make_dataset, make_target
-from robplug.referee.plan import DatasetEntry, Plan, TargetEntry
+from robplug.referee.load import Model, identify, make_dataset, make_target, source_digest, state_digest
+from robplug.referee.plan import Plan, TargetEntry
 from robplug.registry import Registry
 from robplug.rng import Rng
-from robplug.targets import Target
+from robplug.targets import Target, evaluation_mode
 from robplug.types import Attack
 
 
@@ -53,28 +54,18 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
     expand(plan, registry, where)  # so that a misspelt name is found before data are loaded
     datasets = [make_dataset(entry, registry, where) for entry in plan.datasets]
     cells = expand(plan, registry, where, [dataset.bounds for dataset in datasets])
-    models: dict[tuple[str, tuple[float, float]], Target] = {}
-
-    def model(entry: TargetEntry, data: Dataset) -> Target:
-        place = (entry.name, data.bounds)
-        if place not in models:
-            models[place] = _counted(make_target(entry, data.bounds, registry, where, device), data, device)
-        return models[place]
-
-    def data(entry: DatasetEntry) -> Dataset:
-        return datasets[plan.datasets.index(entry)]
-
+    models: dict[tuple[str, str], Model] = {}
     jobs = []
     for cell in cells:
-        dataset = data(cell.dataset)
-        target = model(cell.target, dataset)
-        if target.bounds != dataset.bounds:
-            problem = f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}"
-            raise PlanError(f"{where}: target {cell.target.name}", problem)
-        identity = identify(target, dataset, cell.spec, registry)
+        dataset = datasets[plan.datasets.index(cell.dataset)]
+        place = (cell.target.name, dataset.name)
+        if place not in models:
+            models[place] = make_model(cell.target, dataset, registry, where, device)
+        model = models[place]
+        identity = identify(cell, model, dataset, registry)
         key = cell_key(cell, identity, plan.chunk, plan.batch_size)
         attack = registry.attack(cell.spec.name, **cell.params)
-        jobs.append(Job(cell, key, identity, attack, target, dataset, registry.norm(cell.threat.norm)))
+        jobs.append(Job(cell, key, identity, attack, model.target, dataset, registry.norm(cell.threat.norm)))
     _check_distinct(jobs, where)
     return jobs
 
@@ -90,10 +81,27 @@ def _check_distinct(jobs: list[Job], where: str) -> None:
             raise PlanError(where, problem)
 
 
-def _counted(target: Target, data: Dataset, device: str) -> Target:
-    if target.classes is not None or not len(data):
-        return target
-    return replace(target, classes=target.count_classes(data.x[:1].to(device)))
+def make_model(entry: TargetEntry, dataset: Dataset, registry: Registry, where: str, device: str) -> Model:
+    """Makes a model of a plan and tries it on a sample.
+
+    Raises:
+        PlanError: it cannot be made, or does not fit the data.
+    """
+    name = f"{where}: target {entry.name}"
+    target = make_target(entry, dataset.bounds, registry, where, device)
+    if target.bounds != dataset.bounds:
+        raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
+    sample = dataset.x[:1].to(device=target.device, dtype=target.dtype)
+    try:
+        with torch.no_grad(), evaluation_mode(target.module), seeded_globals(0):
+            classes = target.logits(sample).shape[1]
+    except Exception as error:  # the user's own code may raise anything
+        problem = f"does not take samples of shape {tuple(dataset.x.shape[1:])} of {dataset.name}"
+        raise PlanError(name, f"{problem}: {type(error).__name__}: {error}") from error
+    if len(dataset) and int(dataset.y.max()) >= classes:
+        raise PlanError(name, f"has {classes} classes, and {dataset.name} has labels up to {int(dataset.y.max())}")
+    known = replace(target, classes=classes)
+    return Model(known, state_digest(known.module), source_digest(known.module, entry, where))
 
 
 def goals(job: Job, ids: list[int], x: Tensor, y: Tensor) -> Tensor:

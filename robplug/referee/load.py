@@ -9,6 +9,9 @@ import importlib.util
 import inspect
 import json
 import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,29 @@ from torch import Tensor, nn
 
 from robplug.data import Dataset
 from robplug.errors import InputError, PlanError, RobplugError
-from robplug.referee.cells import Identity
+from robplug.referee.cells import Cell, Identity
 from robplug.referee.plan import DatasetEntry, TargetEntry
 from robplug.registry import Registry
 from robplug.targets import Target
-from robplug.types import Spec
 
+HOST = "robplug"
 LIBRARIES = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox", "torchattacks": "torchattacks"}
 """Origins of attacks whose numbers depend on a library: its distribution."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a plan, and what it is.
+
+    Attributes:
+        target: ready to be attacked.
+        weights: digest of its parameters and buffers.
+        source: digest of what it computes beside them.
+    """
+
+    target: Target
+    weights: str
+    source: str
 
 
 def make_dataset(entry: DatasetEntry, registry: Registry, where: str) -> Dataset:
@@ -51,7 +69,7 @@ def make_target(entry: TargetEntry, bounds: tuple[float, float], registry: Regis
         if entry.weights is not None:
             if not isinstance(module, nn.Module):
                 raise InputError("an nn.Module to load weights into", type(module).__name__)
-            load_weights(module, Path(entry.weights))
+            load_weights(module, _find(entry.weights, Path(where).parent))
         if isinstance(module, nn.Module):
             module.to(device)
         if isinstance(made, Target):
@@ -69,25 +87,48 @@ def _make(entry: TargetEntry, registry: Registry, folder: Path) -> Any:
     path, _, name = make.partition(":")
     if not name:
         return registry.named_target(make, **entry.params)
-    made = getattr(_module(path, folder), name, None)
-    if made is None:
-        raise InputError(f"an object {name!r} in {path}", "none")
-    return made(**entry.params) if callable(made) and not isinstance(made, nn.Module) else made
+    try:
+        made = getattr(_module(path, folder), name, None)
+        if made is None:
+            raise InputError(f"an object {name!r} in {path}", "none")
+        return made(**entry.params) if callable(made) and not isinstance(made, nn.Module) else made
+    except RobplugError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise InputError(
+            f"{make} to make a model", f"{type(error).__name__}: {error}{_line_of(error, path)}"
+        ) from error
+
+
+def _line_of(error: Exception, path: str) -> str:
+    """Returns where in the user's file an error came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+    return f" ({path}, line {lines[-1]})" if lines else ""
+
+
+def _find(path: str, folder: Path) -> Path:
+    """Returns a file of a plan: relative paths start at the current folder, or else at the plan's."""
+    found = next((place for place in (Path(path), folder / path) if place.is_file()), None)
+    if found is None:
+        raise InputError(f"a file {path} here or beside the plan", "none")
+    return found
 
 
 def _module(path: str, folder: Path) -> Any:
     if not path.endswith(".py"):
         return importlib.import_module(path)
-    found = next((p for p in (Path(path), folder / path) if p.is_file()), None)
-    if found is None:
-        raise InputError(f"a file {path} here or beside the plan", "none")
+    found = _find(path, folder)
     name = f"robplug_user_{found.stem}_{hashlib.sha256(str(found.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, found)
         assert spec is not None and spec.loader is not None  # the suffix is .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # inspect needs it to find the source of its classes
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 
@@ -99,8 +140,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
     Raises:
         InputError: the file is missing or damaged, or does not fit the module.
     """
-    if not path.is_file():
-        raise InputError("a file of weights", path, "check weights=; relative paths start at the current folder")
     try:
         state = _read_weights(path)
     except Exception as error:  # the readers raise many types on damaged files
@@ -125,17 +164,21 @@ def _read_weights(path: Path) -> dict[str, Any]:
     return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def identify(target: Target, dataset: Dataset, spec: Spec, registry: Registry) -> Identity:
+def identify(cell: Cell, model: Model, dataset: Dataset, registry: Registry) -> Identity:
     """Returns the digests and versions that belong into a cell's key."""
-    owner = registry.owner(spec).distribution
-    names = {owner, *([LIBRARIES[spec.origin]] if spec.origin in LIBRARIES else [])}
+    specs = (cell.spec, registry.spec("norm", cell.threat.norm))
+    modules: dict[str, set[str]] = {HOST: {HOST}}
+    for spec in specs:
+        owner = registry.owner(spec)
+        modules.setdefault(owner.distribution, set()).update((owner.module, spec.make.partition(":")[0]))
+    library = LIBRARIES.get(cell.spec.origin)
     return Identity(
-        weights=state_digest(target.module),
-        model_source=source_digest(target.module),
+        weights=model.weights,
+        model_source=model.source,
         data=dataset.digest,
-        plugin=editable_digest(owner),
-        bounds=target.bounds,
-        versions={name: metadata.version(name) for name in sorted(names)},
+        plugin=editable_digest(modules),
+        bounds=model.target.bounds,
+        versions={name: metadata.version(name) for name in sorted({*modules, *([library] if library else [])})},
     )
 
 
@@ -152,28 +195,58 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def source_digest(module: nn.Module) -> str:
-    """Returns the SHA-256 of the architecture: the printed structure, and the source of classes that torch has not."""
-    classes = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
-    content = hashlib.sha256(repr(module).encode())
-    for cls in sorted(classes, key=lambda cls: f"{cls.__module__}.{cls.__qualname__}"):
-        try:
-            source = inspect.getsource(cls)
-        except (OSError, TypeError):  # defined in an interpreter
-            source = ""
-        content.update(f"{cls.__qualname__}\n{source}".encode())
+def source_digest(module: nn.Module, entry: TargetEntry, where: str) -> str:
+    """Returns the SHA-256 of what the model computes beside its weights.
+
+    That is the printed structure, the parameters of ``make``, and the source files of ``make``, of all classes that
+    torch does not bring, and of the functions that modules hold (a test-time defence, say).
+    """
+    content = hashlib.sha256(f"{module!r}{json.dumps(entry.params, sort_keys=True, default=str)}".encode())
+    things: list[Any] = [type(part) for part in module.modules()]
+    things += [value for part in module.modules() for value in vars(part).values() if inspect.isroutine(value)]
+    files = {file for thing in things if not _of_torch(thing) and (file := _file_of(thing))}
+    path = (entry.make or "").partition(":")[0]
+    if path.endswith(".py"):
+        files.add(str(_find(path, Path(where).parent)))
+    for file in sorted(files, key=lambda name: Path(name).name):
+        content.update(Path(file).read_bytes())
     return content.hexdigest()
 
 
-def editable_digest(distribution: str) -> str:
-    """Returns the SHA-256 of a distribution's Python files if it is installed in editable mode, else ""."""
-    text = metadata.distribution(distribution).read_text("direct_url.json")
-    record = json.loads(text) if text else {}
-    if not record.get("dir_info", {}).get("editable"):
-        return ""
-    root = Path(record["url"].removeprefix("file://"))
-    package = root / distribution.replace("-", "_")
-    content = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        content.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return content.hexdigest()
+def _of_torch(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "torch"
+
+
+def _file_of(thing: Any) -> str | None:
+    try:
+        return inspect.getsourcefile(thing)
+    except TypeError:  # built in, or defined in an interpreter
+        return None
+
+
+def editable_digest(modules: dict[str, set[str]]) -> str:
+    """Returns the SHA-256 of the Python files of distributions installed in editable mode, or "" if none is.
+
+    Args:
+        modules: distributions, and the modules of each that take part.
+    """
+    content, found = hashlib.sha256(), False
+    for distribution in sorted(modules):
+        text = metadata.distribution(distribution).read_text("direct_url.json")
+        if text and json.loads(text).get("dir_info", {}).get("editable"):
+            for root in sorted({module.partition(".")[0] for module in modules[distribution]}):
+                found = True
+                for name, source in _sources(root):
+                    content.update(name.encode() + source)
+    return content.hexdigest() if found else ""
+
+
+def _sources(root: str) -> Iterator[tuple[str, bytes]]:
+    """Yields name and content of the files of a top-level package or module."""
+    spec = importlib.util.find_spec(root)
+    assert spec is not None  # it has been imported
+    for folder in spec.submodule_search_locations or ():
+        for path in sorted(Path(folder).rglob("*.py")):
+            yield str(path.relative_to(folder)), path.read_bytes()
+    if not spec.submodule_search_locations and spec.origin:
+        yield root, Path(spec.origin).read_bytes()

@@ -43,8 +43,7 @@ class Outlook:
         eps = "minimal" if threat.eps is None else f"{threat.eps:.4g}"
         passes = ("?" if count is None else f"{count:,}" for count in (self.forwards, self.backwards))
         what = f"{threat.norm} {eps}{' targeted' if threat.targeted else ''}"
-        left = (f"{self.samples:,}", f"{self.done:,}", *passes)
-        return (self.key[:8], cell.target.name, cell.label, cell.mode, what, *left)
+        return (cell.target.name, cell.label, cell.mode, what, f"{self.done:,}/{self.samples:,}", *passes)
 
 
 def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None) -> list[Outlook]:

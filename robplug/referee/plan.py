@@ -35,7 +35,8 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _as_number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
+    """Returns the number that a string such as "2/255" names; anything else as it is."""
     if isinstance(value, str):
         try:
             return float(Fraction(value))
@@ -70,6 +71,12 @@ class TargetEntry(_Entry):
     stochastic: bool = False
     eot: Annotated[int, Field(ge=1)] = 1
     draws: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _draws_of_a_stochastic_target(self) -> TargetEntry:
+        if not self.stochastic and (self.eot > 1 or self.draws > 1):
+            raise ValueError(f"eot = {self.eot} and draws = {self.draws} need stochastic = true")
+        return self
 
 
 class DatasetEntry(_Entry):
@@ -129,7 +136,7 @@ class AttackEntry(BaseModel):
     @property
     def params(self) -> dict[str, Any]:
         """The parameters given, fractions read as numbers."""
-        return {key: _as_number(value) for key, value in (self.model_extra or {}).items()}
+        return {key: as_number(value) for key, value in (self.model_extra or {}).items()}
 
 
 class Plan(_Entry):

@@ -73,10 +73,11 @@ def run_plan(
         Interrupted: Ctrl-C; the chunk under way was finished and stored.
     """
     settings, where = load_plan(plan)
-    store = Store(out or settings.out)
     hear = progress or _Silent()
-    with store.locked(), cpu_threads(settings.threads), deferred_interrupt(STOPPING) as asked:
+    with cpu_threads(settings.threads):
         jobs = prepare(settings, registry, where)
+    store = Store(out or settings.out)
+    with store.locked(), cpu_threads(settings.threads), deferred_interrupt(STOPPING) as asked:
         store.write_run({**provenance(settings, where), "cells": [job.key for job in jobs]})
         hear.begin(sum(len(job.dataset) for job in jobs))
         clean = CleanPredictions(settings.batch_size)

@@ -14,7 +14,7 @@ from rich.text import Text
 from robplug.referee import formats
 from robplug.referee.entries import Subject
 from robplug.referee.summary import CellSummary, Summary
-from robplug.referee.worst import WorstCase
+from robplug.referee.worst import UNRESOLVED_LIMIT, WorstCase
 
 ALWAYS = ("eps", "robust", "95 % interval", "success", "claimed", "invalid/ error")
 WHERE_THERE_IS_ROOM = ("median distance", "forwards", "backwards", "time")
@@ -41,7 +41,8 @@ class ResultsTable:
             parts.append(_table(self.summary, subject, columns))
             cases = [case for case in self.summary.worst_cases if case.subject == subject.number]
             parts += [_headline(self.summary, case) for case in cases]
-        parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
+        if any(cell.claim.kind != "claim" for cell in self.summary.cells):
+            parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
         yield Group(*parts)
 
 
@@ -53,7 +54,7 @@ def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Tabl
     """The table of one subject; names enter as `Text`, so that nothing in them is taken for markup."""
     title = f"{subject.target} on {subject.dataset}, {formats.threat(subject)}"
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("attack", overflow="fold", min_width=16)
+    table.add_column("attack", overflow="fold", min_width=13)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=name not in ("invalid/ error", "median distance"))
     for cell in _in_order(summary, subject):
@@ -63,6 +64,8 @@ def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Tabl
 
 def _cells(summary: Summary, cell: CellSummary) -> list[str]:
     rate = cell.robust_accuracy
+    if cell.invalid + cell.error > UNRESOLVED_LIMIT * cell.samples:
+        rate = None  # a share of robust samples would read as a success of the attack
     claim = formats.percent(cell.claim.rate.value) + ("" if cell.claim.kind == "claim" else " *")
     incomplete = "" if cell.finished else f" ({cell.samples} of {cell.expected} samples)"
     return [

@@ -240,3 +240,59 @@ def test_targeted_goals_are_wrong_classes_and_depend_on_the_sample_alone(tmp_pat
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [row for cell in stored(path).values() for row in cell]
+
+
+def test_the_key_follows_the_file_of_the_model_and_its_parameters(tmp_path: Path) -> None:
+    """A helper function beside the class, or another parameter, is another model with equal weights."""
+    code = (
+        "import torch\n"
+        "def squeeze(x):\n    return x\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, gain=1.0):\n        super().__init__(); self.gain = gain\n"
+        "    def forward(self, x):\n        return self.gain * squeeze(x).flatten(1)[:, :10]\n"
+    )
+    keys = set()
+    for name, text, params in (
+        ("a", code, {}),
+        ("b", code.replace("return x\n", "return x / 2\n"), {}),
+        ("c", code, {"gain": 2.0}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "net.py").write_text(text)
+        lines = [f"{key} = {value}" for key, value in params.items()]
+        target = {"name": "net", "make": "net.py:Net"}
+        path = toml(folder / "plan.toml", targets=[target])
+        if lines:
+            path.write_text(
+                path.read_text().replace('make = "net.py:Net"', 'make = "net.py:Net"\nparams = { gain = 2.0 }')
+            )
+        keys |= {row.key for row in outlook(path, registry())}
+    assert len(keys) == 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("raise ValueError('no luck')", r"ValueError: no luck \(net\.py, line 1\)"),
+        ("import nonexistent_library", "ModuleNotFoundError"),
+        ("def Net(:", "SyntaxError"),
+        ("def Net(size):\n    pass", "TypeError.*size"),
+        (
+            "import torch\ndef Net():\n    return torch.nn.Conv2d(3, 10, 3)",
+            r"does not take samples of shape \(1, 8, 8\)",
+        ),
+        (
+            "import torch\ndef Net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))",
+            "has 2 classes",
+        ),
+        ("def Net():\n    return 3", "a model of one of the classes"),
+    ],
+)
+def test_a_model_file_that_fails_is_one_clear_error(tmp_path: Path, code: str, text: str) -> None:
+    (tmp_path / "net.py").write_text(code)
+    plan = toml(tmp_path / "plan.toml", targets=[{"name": "mine", "make": "net.py:Net"}])
+    with pytest.raises(PlanError, match=text) as caught:
+        robplug.evaluate(plan, out=tmp_path / "out")
+    assert "target mine" in str(caught.value)
+    assert not (tmp_path / "out").exists()

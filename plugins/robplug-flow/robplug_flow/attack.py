@@ -90,8 +90,8 @@ class MultiStep:
 
     Attributes:
         steps: number of gradient steps.
-        step_size: length of a step in the norm's unit; None means eps / steps from no flow, as in the authors' code, and
-            2 * eps / steps from a random one, so that the whole ball can be crossed.
+        step_size: length of a step in the norm's unit; None means eps / steps from no flow, as in the authors' code,
+            and 2 * eps / steps from a random one, so that the whole ball can be crossed.
         random_start: begin at a random flow the first time, too.
         restarts: number of starts; all but the first begin at random flows.
         early_stop: broken samples leave; off, each start's last flow is judged, as in the textbook.
@@ -165,9 +165,9 @@ def _try_rest(
     ball = replace(cast(FlowBall, problem.ball), eps=eps, start=start)
     part = replace(problem, ball=ball).select(left)
     found = ascend(part, how)
-    assert found.witness is not None  # a FlowBall gives one
+    reached = cast(Tensor, found.witness)  # a FlowBall gives one
     claim = found.claim
     if claim is None:
         with torch.no_grad():
             claim = part.broken(part.target.logits(found.x_adv))
-    return flow.masked_scatter(left.view(-1, 1, 1, 1), found.witness), broken.masked_scatter(left, claim)
+    return flow.masked_scatter(left.view(-1, 1, 1, 1), reached), broken.masked_scatter(left, claim)

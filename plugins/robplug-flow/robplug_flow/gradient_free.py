@@ -27,9 +27,9 @@ class GradientFree:
     """Climbs the lead of a wrong class by an evolution strategy; the target is asked for scores only.
 
     A generation is a population of flows around the current one, in antithetic pairs v + d and v - d with normal d,
-    clamped to the budget. The mean of d weighted by the pairs' differences in fitness estimates the gradient; its running
-    mean gives the signs of the step, which shrinks linearly to 0. A member that breaks its sample ends that sample's
-    search. All members of all samples are one batch.
+    clamped to the budget. The mean of d weighted by the pairs' differences in fitness estimates the gradient; its
+    running mean gives the signs of the step, which shrinks linearly to 0. A member that breaks its sample ends that
+    sample's search. All members of all samples are one batch.
 
     Convention: a flow in pixels, (row, column); shares of eps are in the norm's unit.
     Source: flow-gradient paper, section 5.2; Rechenberg 1978 for evolution strategies. The paper says no more.

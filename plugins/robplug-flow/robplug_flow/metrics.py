@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from robplug_flow.units import Unit, to_normalized
@@ -33,6 +34,7 @@ def total_variation(flow: Tensor) -> Tensor:
     Returns:
         (N,) in pixels, with the dtype of the flow.
     """
-    down = (flow[:, :, 1:] - flow[:, :, :-1]).norm(dim=1).flatten(1).sum(1)
-    right = (flow[:, :, :, 1:] - flow[:, :, :, :-1]).norm(dim=1).flatten(1).sum(1)
-    return down + right
+    down = torch.linalg.vector_norm(flow[:, :, 1:] - flow[:, :, :-1], dim=1)
+    right = torch.linalg.vector_norm(flow[:, :, :, 1:] - flow[:, :, :, :-1], dim=1)
+    total: Tensor = down.sum((1, 2)) + right.sum((1, 2))
+    return total

@@ -20,10 +20,10 @@ from robplug_flow.metrics import largest_displacement
 from robplug_flow.units import Unit, check_images, pixels_per_unit
 
 ROUNDINGS = 12
-"""Units of rounding by which two correct warps may differ, relative to the largest |value|, M, of the image.
+"""Units of rounding by which a correct warp may be off, relative to the largest |value|, M, of the image.
 
-Written as a + w(b - a), an interpolation rounds b - a (2M at most), its product with w <= 1 (2M) and the sum (M): 5. Two
-of them follow each other, 10, and each weight, a fraction below 1 rounded to half a unit, moves b - a by one more.
+Written as a + w(b - a), an interpolation rounds b - a (2M at most), its product with w <= 1 (2M) and the sum (M): 5.
+Two follow each other: 10. Each of the two weights, fractions below 1 rounded to half a unit, moves b - a by one more.
 """
 
 
@@ -101,8 +101,9 @@ class FlowNorm:
     def distance(self, x: Tensor, x_adv: Tensor, witness: Tensor | None = None) -> Tensor:
         """Returns max |v| of the witness v, or infinity where v does not turn x into x_adv.
 
-        The warp is made again in float64; a pixel may be off by the rounding of two correct warps in the precision of x,
-        and by that of a half-precision result. The bounds move nothing: a warped image has values of x and between.
+        The warp is made again in float64; a pixel may be off by the rounding of a correct warp in the precision of x,
+        and by that of a half-precision result. The bounds change nothing: a warped image has the values of x and those
+        between.
 
         Args:
             x: (N, C, H, W) clean images.
@@ -138,7 +139,7 @@ class FlowNorm:
 
 
 def _tolerance(x: Tensor) -> Tensor:
-    """Returns (N,) float64: how far two correct warps of x may lie apart."""
+    """Returns (N,) float64: how far a correct warp of x may lie from the exact one."""
     computed = torch.promote_types(x.dtype, torch.float32)
     share = ROUNDINGS * torch.finfo(computed).eps / 2
     if computed != x.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +15,7 @@ from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
 from robplug_flow.attack import flow_problem, lead
 from robplug_flow.kernels.ops import flow_smoothness
+from robplug_flow.kernels.reference import SOFTENING
 from robplug_flow.units import UNITS, Unit, pixels_per_unit
 
 Optimizer = Literal["sgd", "lbfgs"]
@@ -27,14 +27,15 @@ class StAdv:
     """Minimises L_adv + tau * L_flow over flows, without a budget, and keeps the smoothest flow that breaks the sample.
 
     L_adv = max(z_y - max of the other logits, -kappa), or for a goal t max(max of the others - z_t, -kappa). L_flow is
-    `robplug_flow.flow_smoothness`. What is minimised is roughness; the distance in a table is max |v| of the flow found.
+    `robplug_flow.flow_smoothness`. What is minimised is roughness; the distance in a table is max |v| of what is found.
 
     Convention: a flow in pixels, (row, column); the loss's unit is ``unit``.
     Source: flow-gradient paper, sections 3.1 and 5.2; Xiao et al. 2018, Spatially Transformed Adversarial Examples,
         equations 2 to 4.
-    Differs: the best iterate is returned, not the last; steps of SGD shrink linearly to 0. The paper's balance c = 10
-        stands here as tau = 1/c in normalised units: its equation 3 would weigh the flow by c, which breaks almost
-        nothing, and no code was released. ``tau=10`` is that reading.
+    Differs: the best iterate is returned, not the last. Steps of SGD shrink linearly to 0, and the flow loss is
+        softened as far as its curvature needs for a step of that size. The paper's balance c = 10 stands here as
+        tau = 1/c in normalised units: its equation 3 would weigh the flow by c, which breaks almost nothing, and no
+        code was released. ``tau=10`` is that reading.
 
     Attributes:
         tau: weight of the flow loss.
@@ -95,47 +96,71 @@ class StAdv:
             return Perturbed(problem.ball.decode(found.flow), found.flow, found.broken)
 
     def _sgd(self, problem: Problem) -> _Best:
+        search = _Search(problem, self)
         flow = problem.ball.origin()
-        best, objective = self._objective(problem)
         for step in range(self.steps if len(flow) else 0):
-            flow.requires_grad_()
-            with torch.enable_grad():
-                value = objective(flow).sum()
-            (gradient,) = torch.autograd.grad(value, flow)
-            flow = flow.detach().sub_(gradient, alpha=self.step_size * (1 - step / self.steps))
+            size = self.step_size * (1 - step / self.steps)
+            _, gradient = search.slope(flow, softening=search.curvature * size)
+            flow = flow - size * gradient
         with torch.no_grad():
-            objective(flow)
-        return best
+            search.objective(flow)
+        return search.best
 
     def _lbfgs(self, problem: Problem) -> _Best:
+        search = _Search(problem, self)
         flow = problem.ball.origin().requires_grad_()
-        best, objective = self._objective(problem)
-        optimizer = torch.optim.LBFGS([flow], max_iter=self.steps, tolerance_change=0.0, line_search_fn="strong_wolfe")
+        # tolerances of 0, as torch's know nothing of the scale of logits and flows
+        optimizer = torch.optim.LBFGS(
+            [flow], max_iter=self.steps, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> float:
-            with torch.enable_grad():
-                value = objective(flow).sum()
-            (flow.grad,) = torch.autograd.grad(value, flow)
-            return float(value)
+            value, flow.grad = search.slope(flow.detach())
+            return float(value.sum())
 
-        optimizer.step(closure)  # looks at every flow that it tries
-        return best
+        optimizer.step(closure)
+        return search.best
 
-    def _objective(self, problem: Problem) -> tuple[_Best, Callable[[Tensor], Tensor]]:
-        """Returns a place for the best flows, and the objective, (N, 2, H, W) to (N,), which looks at each flow."""
-        best = _Best.nothing(problem.ball.origin())
-        sides = pixels_per_unit(self.unit, *best.flow.shape[2:])
+
+class _Search:
+    """The objective of a batch, which looks at every flow that it is asked about.
+
+    Attributes:
+        best: the best flows so far.
+        curvature: of the flow loss times its weight, in pixels, for a softening of 1.
+    """
+
+    def __init__(self, problem: Problem, attack: StAdv) -> None:
+        self._problem = problem
+        self._attack = attack
+        self.best = _Best.nothing(problem.ball.origin())
+        sides = pixels_per_unit(attack.unit, *self.best.flow.shape[2:])
         # nothing moves along an axis of one pixel, whose unit is 0
-        scale = best.flow.new_tensor([1 / side if side else 0.0 for side in sides]).view(2, 1, 1)
+        factors = [1 / side if side else 0.0 for side in sides]
+        self._scale = self.best.flow.new_tensor(factors).view(2, 1, 1)
+        # each pair counts twice, and the Laplacian of a grid with four neighbours has eigenvalues up to 8
+        self.curvature = 16 * attack.tau * max(factors) ** 2
 
-        def objective(flow: Tensor) -> Tensor:
-            logits = problem.target.logits(problem.ball.decode(flow))
-            ahead, sure = lead(logits, problem.labels, problem.targeted)
-            roughness = flow_smoothness(flow * scale, self.neighbours)
-            best.look(flow.detach(), ahead.detach(), roughness.detach(), sure)
-            return self.tau * roughness - ahead.clamp(max=self.kappa)
+    def slope(self, flow: Tensor, softening: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Returns the objective, (N,), and its gradient at a flow."""
+        flow = flow.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.objective(flow, softening)
+        (gradient,) = torch.autograd.grad(value.sum(), flow)
+        return value.detach(), gradient
 
-        return best, objective
+    def objective(self, flow: Tensor, softening: float = 0.0) -> Tensor:
+        """Returns L_adv + tau * L_flow, (N,), with softening^2 in place of the 1e-8 under the roots if that is more."""
+        attack, problem = self._attack, self._problem
+        logits = problem.target.logits(problem.ball.decode(flow))
+        ahead, sure = lead(logits, problem.labels, problem.targeted)
+        scaled = flow * self._scale
+        with torch.no_grad():
+            self.best.look(flow.detach(), ahead, flow_smoothness(scaled, attack.neighbours), sure)
+        # a smaller flow is softened more by the constant under the root
+        share = min(1.0, SOFTENING**0.5 / softening) if softening else 1.0
+        roughness = flow_smoothness(scaled * share, attack.neighbours) / share
+        return attack.tau * roughness - ahead.clamp(max=attack.kappa)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robplug.errors import ThreatError
+from robplug.errors import InputError, ThreatError
 from robplug.inputs import check_batch
 from robplug.loop import Problem, Steps, ascend
 from robplug.norms import Ball
@@ -61,6 +61,9 @@ class PGD:
     restarts: int = 1
     early_stop: bool = True
 
+    def __post_init__(self) -> None:
+        Steps(steps=self.steps, step_size=self.step_size or 0.0, restarts=self.restarts)  # refuses what makes no sense
+
     def run(
         self,
         target: Target,
@@ -92,6 +95,10 @@ class Noise:
     """
 
     draws: int = 10
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise InputError("draws >= 1", self.draws)
 
     @torch.no_grad()
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -122,18 +124,24 @@ def run(
         with _Bar() as bar:
             results = run_plan(plan, registry(), out=out_dir, progress=bar)
     except KeyboardInterrupt:
-        err.print(f"stopped; finished chunks are stored. To go on:\n  {_command()}", soft_wrap=True)
+        err.print(f"stopped; finished chunks are stored. To go on:\n  {_command()}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     out.print(results.table())
     results.export()
     if report_after:
-        out.print(f"report: {results.report()}", soft_wrap=True)
-    errors = Counter((row["label"], row["note"]) for row in results.rows() if row["status"] == "error")
-    for (label, note), count in errors.items():
-        err.print(f"{count} rows of {label} have status error: {note}", soft_wrap=True, highlight=False, markup=False)
+        out.print(f"report: {results.report()}", soft_wrap=True, markup=False)
+    errors = Counter((row["label"], row["status"], row["note"]) for row in results.rows() if _no_answer(row))
+    for (label, status, note), count in errors.items():
+        err.print(f"{count} rows of {label}: {status}: {note}", soft_wrap=True, highlight=False, markup=False)
     if errors:
         err.print(f"tracebacks: {results.path / 'cells'}/*/traceback-*.txt", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _no_answer(row: dict[str, Any]) -> bool:
+    """Whether an attack failed on a sample, by raising or by returning what is no sample."""
+    no_sample = row["status"] == "invalid" and str(row["note"]).startswith(("returned", "is not finite"))
+    return no_sample or bool(row["status"] == "error")
 
 
 def _dry_run(plan: Path, out_dir: Path | None) -> None:
@@ -160,7 +168,7 @@ def report(
     results = Results(run_dir)
     results.export()
     out.print(results.table())
-    out.print(f"report: {results.report(path)}", soft_wrap=True)
+    out.print(f"report: {results.report(path)}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -171,7 +179,7 @@ def train(plan: Annotated[Path, typer.Argument(help="a training plan in TOML; co
     try:
         run_train_plan(plan)
     except KeyboardInterrupt:
-        err.print(f"stopped; a checkpoint is stored. To go on:\n  {_command()}", soft_wrap=True)
+        err.print(f"stopped; a checkpoint is stored. To go on:\n  {_command()}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
 
 
@@ -213,7 +221,7 @@ class _Bar(Progress):
 
 
 def _command() -> str:
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def main(*args: Any) -> None:
@@ -221,5 +229,5 @@ def main(*args: Any) -> None:
     try:
         app(*args)
     except RobplugError as error:
-        err.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False, markup=True)
+        err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None

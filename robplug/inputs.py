@@ -43,7 +43,7 @@ def _check_samples(target: Target, x: Tensor, bounds: tuple[float, float]) -> No
     if len(x):
         low, high = (float(value) for value in x.detach().aminmax())
         # a bound such as 2.64 is less than its nearest float32, to which images are clamped
-        lowest, highest = (float(x.new_tensor(bound)) for bound in bounds)
+        lowest, highest = (float(torch.tensor(bound, dtype=torch.float32)) for bound in bounds)
         if not (lowest <= low and high <= highest):  # also false for nan
             raise InputError(f"x inside the bounds {bounds}", f"values from {low} to {high}")
 

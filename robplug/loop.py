@@ -167,6 +167,8 @@ def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor]:
             logits = problem.target.logits(x if how.transform is None else how.transform(x, problem.rng))
             loss = how.loss(logits, problem.labels).sum()
         (gradient,) = torch.autograd.grad(-loss if problem.targeted else loss, z)
+        if not bool(gradient.isfinite().all()):
+            raise ThreatError("expected a finite gradient of the target, got nan or inf; use an attack on scores")
         total = gradient if total is None else total.add_(gradient)
     assert total is not None  # draws >= 1
     return total if how.draws == 1 else total.div_(how.draws), logits.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,20 +59,25 @@ class Target:
                 raise InputError(f"{name} = 1 for a deterministic target", count, "pass stochastic=True")
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the logits, (N, C), differentiable if the target offers gradients."""
-        return self.module(x)  # type: ignore[no-any-return]
+        """Returns the logits, (N, C), differentiable if the target offers gradients; x is cast to the model's dtype."""
+        return self.module(x.to(self.dtype))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Returns the predicted classes, (N,) int64: the largest mean probability over ``draws`` draws."""
+        """Returns the predicted classes, (N,) int64: the largest mean probability over ``draws`` draws.
+
+        A sample for which the model gives no number is of class -1.
+        """
         with settled(self.module):
             if self.draws == 1:
-                return self.logits(x).argmax(1)
-            return torch.stack([self.logits(x).softmax(1) for _ in range(self.draws)]).mean(0).argmax(1)
+                scores = self.logits(x)
+            else:
+                scores = torch.stack([self.logits(x).softmax(1) for _ in range(self.draws)]).mean(0)
+        return scores.argmax(1).masked_fill_(scores.isnan().any(1), -1)
 
     def reset(self, seed: int) -> None:
-        """Calls ``reset(seed)`` of every submodule that has it, so that a stochastic model starts over."""
-        for module in self.module.modules():
+        """Calls ``reset(seed)`` of every submodule of a stochastic model that has it, so that it starts over."""
+        for module in self.module.modules() if self.stochastic else ():
             reset = getattr(module, "reset", None)
             if callable(reset):
                 reset(seed)
@@ -101,8 +107,16 @@ class Target:
         tensor = self._first_tensor()
         return torch.float32 if tensor is None else tensor.dtype
 
+    @property
+    def sample_dtype(self) -> torch.dtype:
+        """The dtype in which samples are attacked and measured: the model's, and float32 for a half-precision model.
+
+        A ball of 8/255 has a few dozen points a side in half precision, and most correct projections leave it.
+        """
+        return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+
     def _first_tensor(self) -> Tensor | None:
-        tensors = (*self.module.parameters(), *self.module.buffers())
+        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
         return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
 
 

@@ -141,8 +141,9 @@ def _radii(
 def _spec(entry: AttackEntry, threat: ThreatEntry, library: str | None, registry: Registry, where: str) -> AttackSpec:
     try:
         if library is not None:
-            return registry.harmonised(entry.name, library, {}, ThreatModel(threat.norm, 0.0))[0]
-        spec: AttackSpec = registry.spec("attack", entry.name)
+            spec: AttackSpec = registry.harmonised(entry.name, library, {}, ThreatModel(threat.norm, 1.0))[0]
+        else:
+            spec = registry.spec("attack", entry.name)
     except (UnknownNameError, PlanError) as error:
         raise PlanError(f"{where}.name", str(error)) from None
     if threat.norm not in spec.norms:
@@ -209,6 +210,8 @@ class Identity:
         data: digest of the samples.
         plugin: digest of the source of the attack's plugin if it is installed in editable mode, else "".
         bounds: of the data.
+        offers: what the model gives an attack.
+        draws: whether the model is stochastic, draws averaged for an attack and for a verdict.
         versions: of the attack's plugin and library.
     """
 
@@ -217,6 +220,8 @@ class Identity:
     data: str
     plugin: str
     bounds: tuple[float, float]
+    offers: str
+    draws: tuple[bool, int, int]
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -227,7 +232,7 @@ def cell_key(cell: Cell, identity: Identity, chunk: int, batch_size: int) -> str
     """
     parts = {
         "key_version": KEY_VERSION,
-        "target": {"stochastic": cell.target.stochastic, "eot": cell.target.eot, "draws": cell.target.draws},
+        "target": cell.target.params,
         "attack": cell.spec.name,
         "mode": cell.mode,
         "params": cell.params,

@@ -66,6 +66,7 @@ class Watch:
         labels: (N,) true classes, or goals of a targeted threat.
         deadline: on the monotonic clock.
         beat: called with the number of forward calls so far.
+        draws: passes of the real model for each that the attack asks for.
     """
 
     x: Tensor
@@ -74,6 +75,7 @@ class Watch:
     labels: Tensor
     deadline: float
     beat: Callable[[int], None]
+    draws: int = 1
     forwards: int = 0
     backwards: int = 0
     calls: int = 0
@@ -88,7 +90,7 @@ class Watch:
             raise AttackTimeoutError
         self.calls += 1
         self.beat(self.calls)
-        self.forwards += len(x)
+        self.forwards += len(x) * self.draws
 
     def after(self, x: Tensor, logits: Tensor) -> None:
         """Looks for success, and counts the backward passes that will come through these logits."""
@@ -98,7 +100,7 @@ class Watch:
             self._look(x.detach(), logits.detach())
 
     def _count_backward(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
+        self.backwards += len(gradient) * self.draws
 
     def _look(self, x: Tensor, logits: Tensor) -> None:
         fresh = ((logits.argmax(1) == self.labels) == self.threat.targeted) & ~self.silent
@@ -166,7 +168,7 @@ def run_guarded(job: Assignment) -> Outcome:
     """Runs an attack; whatever it does, an Outcome comes back (but for Ctrl-C, which passes)."""
     deadline = time.monotonic() + (job.timeout_s or float("inf"))
     labels = job.y if job.y_goal is None else job.y_goal
-    watch = Watch(job.x.clone(), job.norm, job.threat, labels.clone(), deadline, job.beat)
+    watch = Watch(job.x.clone(), job.norm, job.threat, labels.clone(), deadline, job.beat, job.target.eot)
     seen = job.target.for_attack()
     shell = dataclasses.replace(seen, module=Shell(seen, watch))
     outcome = Outcome()
@@ -179,7 +181,7 @@ def run_guarded(job: Assignment) -> Outcome:
         start = time.perf_counter()
         try:
             job.target.reset(job.rng.batch_seed() % (1 << 31))
-            _call(job, shell, outcome)
+            _call(job, shell, outcome, deadline)
         finally:
             outcome.seconds = time.perf_counter() - start
             outcome.notes += [f"changed {what}" for what in before.restore()]
@@ -192,13 +194,17 @@ def run_guarded(job: Assignment) -> Outcome:
     return outcome
 
 
-def _call(job: Assignment, shell: Target, outcome: Outcome) -> None:
+def _call(job: Assignment, shell: Target, outcome: Outcome, deadline: float) -> None:
     try:
         x, y = job.x.clone(), job.y.clone()
-        outcome.perturbed = job.attack.run(shell, x, y, job.threat, job.rng, y_goal=job.y_goal)
+        with torch.enable_grad():  # which also puts the mode back that the attack has left
+            outcome.perturbed = job.attack.run(shell, x, y, job.threat, job.rng, y_goal=job.y_goal)
+        if time.monotonic() > deadline:
+            raise AttackTimeoutError
         if not torch.equal(x, job.x):
             outcome.notes.append("changed the samples it was given")
     except AttackTimeoutError:
+        outcome.perturbed = None
         outcome.error = f"timeout: ran past timeout_s={job.timeout_s}"
     except KeyboardInterrupt:
         raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from robplug.data import Dataset
-from robplug.errors import PlanError
+from robplug.errors import InputError, PlanError
 from robplug.isolation import seeded_globals
 from robplug.norms import Norm
 from robplug.referee.cells import Cell, Identity, cell_key, expand
@@ -16,7 +17,7 @@ from robplug.referee.load import Model, identify, make_dataset, make_target, sou
 from robplug.referee.plan import Plan, TargetEntry
 from robplug.registry import Registry
 from robplug.rng import Rng
-from robplug.targets import Target, evaluation_mode
+from robplug.targets import OFFERS, Target, evaluation_mode
 from robplug.types import Attack
 
 
@@ -63,8 +64,12 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
             models[place] = make_model(cell.target, dataset, registry, where, device)
         model = models[place]
         identity = identify(cell, model, dataset, registry)
-        key = cell_key(cell, identity, plan.chunk, plan.batch_size)
-        attack = registry.attack(cell.spec.name, **cell.params)
+        _check_offers(cell, model.target, where)
+        try:
+            key = cell_key(cell, identity, plan.chunk, plan.batch_size)
+            attack = registry.attack(cell.spec.name, **cell.params)
+        except (InputError, TypeError, ValueError) as error:
+            raise PlanError(f"{where}: {cell.label}", f"{cell.params_passed}: {error}") from error
         jobs.append(Job(cell, key, identity, attack, model.target, dataset, registry.norm(cell.threat.norm)))
     _check_distinct(jobs, where)
     return jobs
@@ -81,6 +86,12 @@ def _check_distinct(jobs: list[Job], where: str) -> None:
             raise PlanError(where, problem)
 
 
+def _check_offers(cell: Cell, target: Target, where: str) -> None:
+    if OFFERS.index(target.offers) < OFFERS.index(cell.spec.needs):
+        problem = f"{cell.spec.name} needs {cell.spec.needs}, and {cell.target.name} offers {target.offers}"
+        raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack that needs no more")
+
+
 def make_model(entry: TargetEntry, dataset: Dataset, registry: Registry, where: str, device: str) -> Model:
     """Makes a model of a plan and tries it on a sample.
 
@@ -88,10 +99,11 @@ def make_model(entry: TargetEntry, dataset: Dataset, registry: Registry, where: 
         PlanError: it cannot be made, or does not fit the data.
     """
     name = f"{where}: target {entry.name}"
-    target = make_target(entry, dataset.bounds, registry, where, device)
+    with seeded_globals(0):  # weights that are drawn are the same ones each time
+        target = make_target(entry, dataset.bounds, registry, where, device)
     if target.bounds != dataset.bounds:
         raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
-    sample = dataset.x[:1].to(device=target.device, dtype=target.dtype)
+    sample = dataset.x[:1].to(device=target.device, dtype=target.sample_dtype, copy=True)
     try:
         with torch.no_grad(), evaluation_mode(target.module), seeded_globals(0):
             classes = target.logits(sample).shape[1]
@@ -111,14 +123,17 @@ def goals(job: Job, ids: list[int], x: Tensor, y: Tensor) -> Tensor:
         return (y + 1) % classes
     if job.cell.goal == "random":
         return (y + 1 + Rng(job.cell.seed, ids).integers(classes - 1, device=y.device)) % classes
-    with torch.no_grad():
-        logits = job.target.logits(x)
+    job.target.reset(job.cell.seed)
+    with torch.no_grad(), evaluation_mode(job.target.module), seeded_globals(job.cell.seed):
+        logits = job.target.logits(x.clone())
     return logits.scatter(1, y[:, None], float("inf")).argmin(1)
 
 
 def _device(name: str, where: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise PlanError(f"{where}: device", f"expected 'auto', 'cpu', 'cuda' or 'cuda:1', got {name!r}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise PlanError(f"{where}: device", f"{name!r} asked for, and torch sees no CUDA device; use 'cpu' or 'auto'")
     return name

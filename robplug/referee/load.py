@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.metadata as metadata
@@ -11,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,16 @@ class Model:
 
 def make_dataset(entry: DatasetEntry, registry: Registry, where: str) -> Dataset:
     """Loads the data of a plan."""
+    both = {"split", "root"} & entry.params.keys()
+    if both:
+        raise PlanError(f"{where}: dataset {entry.name}.params", f"{both.pop()} is a key of the table itself")
     params = {**entry.params, "split": entry.split, **({"root": entry.root} if entry.root else {})}
     try:
         dataset = registry.dataset(entry.name, **params)
     except RobplugError as error:
         raise PlanError(f"{where}: dataset {entry.name}", str(error)) from error
+    if not len(dataset):
+        raise PlanError(f"{where}: dataset {entry.name}", "it has no samples")
     if entry.samples is not None and entry.samples > len(dataset):
         raise PlanError(f"{where}: dataset {entry.name}.samples", f"{entry.samples} asked for, it has {len(dataset)}")
     return dataset if entry.samples is None else dataset.head(entry.samples)
@@ -69,9 +75,14 @@ def make_target(entry: TargetEntry, bounds: tuple[float, float], registry: Regis
         if entry.weights is not None:
             if not isinstance(module, nn.Module):
                 raise InputError("an nn.Module to load weights into", type(module).__name__)
+            module = copy.deepcopy(module)  # the file may give one object to several targets
             load_weights(module, _find(entry.weights, Path(where).parent))
+            made = replace(made, module=module) if isinstance(made, Target) else module
         if isinstance(module, nn.Module):
             module.to(device)
+        if not isinstance(made, nn.Module) and (entry.bounds or entry.stochastic):
+            expected = "bounds, stochastic, eot and draws only for an nn.Module"
+            raise InputError(expected, f"a {type(made).__name__}", "it brings its own")
         if isinstance(made, Target):
             return made
         options: dict[str, Any] = {"bounds": entry.bounds or bounds} if isinstance(made, nn.Module) else {}
@@ -118,7 +129,8 @@ def _module(path: str, folder: Path) -> Any:
     if not path.endswith(".py"):
         return importlib.import_module(path)
     found = _find(path, folder)
-    name = f"robplug_user_{found.stem}_{hashlib.sha256(str(found.resolve()).encode()).hexdigest()[:8]}"
+    content = str(found.resolve()).encode() + found.read_bytes()  # an edited file is another module
+    name = f"robplug_user_{found.stem}_{hashlib.sha256(content).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, found)
         assert spec is not None and spec.loader is not None  # the suffix is .py
@@ -178,6 +190,8 @@ def identify(cell: Cell, model: Model, dataset: Dataset, registry: Registry) -> 
         data=dataset.digest,
         plugin=editable_digest(modules),
         bounds=model.target.bounds,
+        offers=model.target.offers,
+        draws=(model.target.stochastic, model.target.eot, model.target.draws),
         versions={name: metadata.version(name) for name in sorted({*modules, *([library] if library else [])})},
     )
 
@@ -202,7 +216,7 @@ def source_digest(module: nn.Module, entry: TargetEntry, where: str) -> str:
     torch does not bring, and of the functions that modules hold (a test-time defence, say).
     """
     content = hashlib.sha256(f"{module!r}{json.dumps(entry.params, sort_keys=True, default=str)}".encode())
-    things: list[Any] = [type(part) for part in module.modules()]
+    things: list[Any] = [cls for part in module.modules() for cls in type(part).__mro__]
     things += [value for part in module.modules() for value in vars(part).values() if inspect.isroutine(value)]
     files = {file for thing in things if not _of_torch(thing) and (file := _file_of(thing))}
     path = (entry.make or "").partition(":")[0]
@@ -214,7 +228,7 @@ def source_digest(module: nn.Module, entry: TargetEntry, where: str) -> str:
 
 
 def _of_torch(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).partition(".")[0] == "torch"
+    return str(getattr(thing, "__module__", "")).partition(".")[0] in ("torch", "builtins", "typing", "abc")
 
 
 def _file_of(thing: Any) -> str | None:

@@ -58,7 +58,7 @@ def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None)
         store = CellStore(Path(out or settings.out) / "cells" / job.key[:16])
         record = store.record() or {"chunks": []}
         done = sum(chunk["samples"] for chunk in record["chunks"])
-        passes = _passes(job.cell)
+        passes = _passes(job.cell, job.target.eot)
         left = len(job.dataset) - done
         forwards = None if passes is None else passes * left
         backwards = forwards if job.cell.spec.needs == "gradients" else 0
@@ -66,7 +66,7 @@ def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None)
     return rows
 
 
-def _passes(cell: Cell) -> int | None:
+def _passes(cell: Cell, eot: int) -> int | None:
     """Estimates forward passes per sample from the parameters in force."""
     steps = [cell.params[name] for name in STEPS if isinstance(cell.params.get(name), int)]
     if not steps:
@@ -75,4 +75,4 @@ def _passes(cell: Cell) -> int | None:
     product = int(steps[0])
     for repeat in repeats:
         product *= max(int(repeat), 1)
-    return product
+    return product * eot

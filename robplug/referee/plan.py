@@ -22,9 +22,11 @@ def _radius(value: Any) -> float | None:
     """Reads an eps: a number, a fraction such as "8/255", or "minimal"."""
     if value == SHORTEST:
         return None
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value}")
     try:
         number = float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError, TypeError) as error:
+    except (ValueError, ZeroDivisionError, TypeError, OverflowError) as error:
         raise ValueError(f'expected a number, a fraction like "8/255" or "{SHORTEST}", got {value!r}') from error
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"expected eps >= 0, got {value!r}")
@@ -39,8 +41,8 @@ def as_number(value: Any) -> Any:
     """Returns the number that a string such as "2/255" names; anything else as it is."""
     if isinstance(value, str):
         try:
-            return float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
+            return int(value) if value.strip().isdecimal() else float(Fraction(value))
+        except (ValueError, ZeroDivisionError, OverflowError):
             return value
     return value
 

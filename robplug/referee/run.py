@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,15 +99,16 @@ class CleanPredictions:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._known: dict[tuple[str, str, range], Tensor] = {}
+        self._known: dict[tuple[str, str, range, int], Tensor] = {}
 
     def of(self, job: Job, samples: range) -> Tensor:
         """Returns (N,) classes on the CPU."""
-        place = (job.cell.target.name, job.identity.data, samples)
+        place = (job.cell.target.name, job.identity.data, samples, job.cell.seed)
         if place not in self._known:
-            x = job.dataset.x[samples.start : samples.stop].to(device=job.target.device, dtype=job.target.dtype)
-            job.target.reset(job.cell.seed)
-            with seeded_globals(job.cell.seed):
+            seed = _judge_seed(job, samples)
+            job.target.reset(seed)
+            with seeded_globals(seed):
+                x = _samples(job, samples)
                 self._known[place] = predict(job.target, x, self._batch_size).cpu()
         return self._known[place]
 
@@ -137,17 +139,15 @@ def _run_chunk(
     job: Job, index: int, samples: range, prediction: Tensor, plan: Plan, store: CellStore
 ) -> dict[str, Any]:
     """Attacks one chunk, judges and stores it; returns its record."""
-    cell, target = job.cell, job.target
+    target = job.target
     batch = _batch(job, samples, prediction)
-    threat = replace(cell.threat, bounds=target.bounds)
+    threat = replace(job.cell.threat, bounds=target.bounds)
     heartbeat = Heartbeat(store.heartbeat_path(index))
     if heartbeat.begin():
         outcome = _attack(job, batch, threat, heartbeat)
     else:
         outcome = Outcome(error="killed twice at the same point (out of memory, or a crash in native code?)")
-    target.reset(cell.seed)
-    with seeded_globals(cell.seed):
-        rows = verify(target, job.norm, threat, batch, outcome, plan.batch_size)
+    rows = _judge(job, batch, threat, outcome, plan.batch_size)
     store.write_rows(index, rows)
     if outcome.trace:
         store.write_text(f"traceback-{index:05d}.txt", outcome.trace)
@@ -162,9 +162,33 @@ def _run_chunk(
     }
 
 
+def _judge(job: Job, batch: Batch, threat: ThreatModel, outcome: Outcome, batch_size: int) -> list[SampleResult]:
+    """Judges a chunk; what cannot be judged (a witness that is none, no memory) becomes rows with status error."""
+    seed = _judge_seed(job, batch.ids)
+    job.target.reset(seed)
+    with seeded_globals(seed):
+        try:
+            return verify(job.target, job.norm, threat, batch, outcome, batch_size)
+        except Exception as error:
+            outcome.error = " ".join(f"{type(error).__name__} in verification: {error}".split())[:300]
+            outcome.trace = traceback.format_exc()
+            return verify(job.target, job.norm, threat, batch, outcome, batch_size)
+
+
+def _judge_seed(job: Job, samples: Sequence[int]) -> int:
+    """Returns the seed of a stochastic target's verdicts on a chunk, which no attack can guess by chance."""
+    return Rng(job.cell.seed, [len(samples), *samples], restart=1).batch_seed() % (1 << 31)
+
+
+def _samples(job: Job, samples: Sequence[int]) -> Tensor:
+    """Returns clean samples, a copy that nobody else holds."""
+    x = job.dataset.x[samples[0] : samples[-1] + 1]
+    return x.to(device=job.target.device, dtype=job.target.sample_dtype, copy=True)
+
+
 def _batch(job: Job, samples: range, prediction: Tensor) -> Batch:
     device = job.target.device
-    x = job.dataset.x[samples.start : samples.stop].to(device=device, dtype=job.target.dtype)
+    x = _samples(job, samples)
     y = job.dataset.y[samples.start : samples.stop].to(device)
     goal = goals(job, list(samples), x, y) if job.cell.threat.targeted else None
     return Batch(list(samples), x, y, goal, prediction.to(device))

@@ -136,9 +136,9 @@ class CellStore:
 
     def write_arrays(self, name: str, arrays: Mapping[str, Any]) -> None:
         """Writes numpy arrays as safetensors."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        write_atomically(self.path / name, lambda path: save_file(dict(arrays), path))
+        write_atomically(self.path / name, lambda path: path.write_bytes(save(dict(arrays))))
 
     def heartbeat_path(self, chunk: int) -> Path:
         """Returns where a running chunk leaves its heartbeat."""

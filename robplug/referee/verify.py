@@ -102,9 +102,13 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: 
     finite = x_adv.flatten(1).isfinite().all(1)
     if bool(finite.any()):
         witness = outcome.perturbed.witness
-        prediction[finite.cpu()] = predict(target, x_adv[finite], batch_size).cpu()
-        measured = norm.distance(x[finite], x_adv[finite], None if witness is None else witness[finite])
-        distance[finite.cpu()] = measured.cpu()
+        # every row is classified, so that a stochastic model's draws for one do not depend on the others
+        whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv, x)
+        prediction = torch.where(finite, predict(target, whole, batch_size), -1).cpu()
+        found = None if witness is None else witness.detach().to(x.device)[finite]
+        distance[finite.cpu()] = norm.distance(x[finite], x_adv[finite], found).cpu()
+        for row in ((prediction < 0) & finite.cpu()).nonzero().flatten().tolist():
+            faults[row] = faults[row] or "makes the model give no number"
     return _Judged(prediction, distance, faults)
 
 
@@ -113,6 +117,8 @@ def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
         return f"returned {type(x_adv).__name__} instead of a tensor"
     if x_adv.shape != x.shape:
         return f"returned shape {tuple(x_adv.shape)} instead of {tuple(x.shape)}"
+    if x_adv.layout != torch.strided or x_adv.device.type == "meta":
+        return f"returned a tensor without values ({x_adv.layout}, {x_adv.device})"
     if x_adv.dtype != x.dtype:
         return f"returned dtype {x_adv.dtype} instead of {x.dtype}"
     return ""
@@ -166,7 +172,7 @@ def _verdict(
 
 
 def _claim(outcome: Outcome, i: int) -> bool | None:
-    claim = None if outcome.perturbed is None else outcome.perturbed.claim
+    claim = getattr(outcome.perturbed, "claim", None)
     usable = isinstance(claim, Tensor) and claim.dim() == 1 and len(claim) > i
     return bool(claim[i]) if usable and claim is not None else None
 

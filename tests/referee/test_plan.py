@@ -107,7 +107,7 @@ def test_the_key_of_version_1_is_frozen() -> None:
     spec = AttackSpec(name="art/golden", make="m:o", params={"steps": 1})
     cell = Cell(
         index=3,
-        target=TargetEntry(name="t", make="m.py:t", stochastic=True, eot=2, draws=5),
+        target=TargetEntry(name="t", make="m.py:t", params={"depth": 2}, stochastic=True, eot=2, draws=5),
         dataset=DatasetEntry(name="d", split="train", root="r", samples=9),
         spec=spec,
         label="golden",
@@ -120,8 +120,10 @@ def test_the_key_of_version_1_is_frozen() -> None:
         seed=7,
         timeout_s=30.0,
     )
-    identity = Identity("w" * 64, "s" * 64, "d" * 64, "p" * 64, (-1.0, 1.0), {"robplug": "0.1.0", "art": "1.20.1"})
+    versions = {"robplug": "0.1.0", "art": "1.20.1"}
+    digests = ("w" * 64, "s" * 64, "d" * 64, "p" * 64)
+    identity = Identity(*digests, (-1.0, 1.0), "scores", (True, 2, 5), versions)
     assert cell_key(cell, identity, chunk=16, batch_size=128) == GOLDEN
 
 
-GOLDEN = "bb115ebbe9492aff3a6a6790d98be7c3e9944b3e88df24d5c09373e56dca0ef9"
+GOLDEN = "ff7b8962c01ffaddc50c111fcd0e47261f4dcd19de382e1d5aba273eaf84bd59"

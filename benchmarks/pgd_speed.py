@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from robplug.training import fit
-from schema import Result, Row, rows, surroundings, timed, write
 from torch import Tensor, nn
 
 import robplug
 from robplug.referee.load import load_weights
 from robplug.rng import Rng
+from robplug.training import fit
 from robplug.zoo import digits_cnn, lenet, resnet20
+from schema import Result, Row, rows, surroundings, timed, write
 
 STEPS = 20
 LOOP = "plain loop"

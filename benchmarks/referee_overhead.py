@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pgd_speed import Case, cifar
-from schema import Result, Row, surroundings, write
 
 import robplug
+from pgd_speed import Case, cifar
 from robplug.plugins import registry
 from robplug.referee.jobs import prepare
 from robplug.referee.plan import load_plan
@@ -27,6 +26,7 @@ from robplug.referee.store import Store
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Attack
+from schema import Result, Row, surroundings, write
 
 EPS = 2 / 255
 

@@ -22,9 +22,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from robplug_flow import flow_gradient_penalty, flow_smoothness, warp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from robplug_flow import flow_gradient_penalty, flow_smoothness, warp
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from schema import Result, Row, rows, surroundings, timed, write

@@ -111,6 +111,8 @@ class GradientFree:
         members = ball.project(torch.cat([flow[:, None] + move, flow[:, None] - move], dim=1))
         crowd = replace(ball, x=ball.x.repeat_interleave(self.population, dim=0))
         logits = problem.target.logits(crowd.decode(members.flatten(0, 1)))
+        if bool(logits.isnan().any()):
+            raise ThreatError("flow/gradient-free: expected scores that are numbers, got nan")
         labels = problem.labels.repeat_interleave(self.population)
         ahead, sure = lead(logits, labels, problem.targeted)
         fitness = ahead

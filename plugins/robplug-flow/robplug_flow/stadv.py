@@ -147,6 +147,8 @@ class _Search:
         with torch.enable_grad():
             value = self.objective(flow, softening)
         (gradient,) = torch.autograd.grad(value.sum(), flow)
+        if not bool(gradient.isfinite().all()):
+            raise ThreatError("flow/stadv: expected a finite gradient of the target, got nan or inf")
         return value.detach(), gradient
 
     def objective(self, flow: Tensor, softening: float = 0.0) -> Tensor:

@@ -11,11 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from robplug_flow import flow_smoothness, warp
-from robplug_flow.attack import MultiStep, SingleStep
-from robplug_flow.gradient_free import GradientFree
-from robplug_flow.norm import FLOW
-from robplug_flow.stadv import StAdv
 from torch import Tensor, nn
 
 import robplug
@@ -24,6 +19,11 @@ from robplug.loop import margin
 from robplug.rng import Rng
 from robplug.testing.trials import NoGradients
 from robplug.types import Attack, Perturbed, ThreatModel
+from robplug_flow import flow_smoothness, warp
+from robplug_flow.attack import MultiStep, SingleStep
+from robplug_flow.gradient_free import GradientFree
+from robplug_flow.norm import FLOW
+from robplug_flow.stadv import StAdv
 
 QUICK: list[Attack] = [SingleStep(), MultiStep(steps=5), StAdv(steps=30), GradientFree(queries=101)]
 
@@ -135,6 +135,27 @@ def test_with_a_ladder_a_larger_radius_never_breaks_fewer() -> None:
         assert (now | ~before).all() and now.sum() > before.sum()
         assert (FLOW.distance(x, found.x_adv, found.witness) <= FLOW.allowed(eps, 64, (0.0, 1.0))).all()
         before = now
+
+
+def test_a_ladder_keeps_what_a_smaller_radius_broke() -> None:
+    """The bright pixel is one column away: a step of two passes over it."""
+    x, y = torch.tensor([[[[0.0, 1.0, 0.0, 0.0]]]]), torch.tensor([0])
+    model = Linear(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), 0.5)
+    plain = MultiStep(steps=1, step_size=2.0, restarts=1, early_stop=False)
+    laddered = replace(plain, ladder=[1.0])
+    broken = [bool(breaks(model, attack_on(model, plain, x, y, eps), y)) for eps in (1.0, 2.0)]
+    assert broken == [True, False]
+    assert [bool(breaks(model, attack_on(model, laddered, x, y, eps), y)) for eps in (1.0, 2.0)] == [True, True]
+
+
+def test_on_a_ladder_steps_go_on_where_the_last_radius_ended() -> None:
+    """Three columns are one step of two from the first rung; from no flow it is two or, in a single step, five."""
+    x, y = torch.tensor([[[[0.0, 0.3, 0.6, 0.9, 0.0, 0.0]]]]), torch.tensor([0])
+    model = Linear(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]), 0.8)
+    plain = MultiStep(steps=1, step_size=2.0, restarts=1)
+    assert not breaks(model, attack_on(model, plain, x, y, 5.0), y)
+    found = attack_on(model, replace(plain, ladder=[1.0]), x, y, 5.0)
+    assert breaks(model, found, y) and found.witness[0, 1, 0, 0] == 3.0
 
 
 def test_stadv_finds_that_a_shift_costs_nothing() -> None:
@@ -271,6 +292,20 @@ def test_no_image_and_no_budget_change_nothing() -> None:
         assert attack_on(model, attack, x[:0], y[:0], eps).x_adv.shape == (0, 1, 8, 8)
         if eps is not None:
             assert torch.equal(attack_on(model, attack, x, y, eps).x_adv, x)
+
+
+class NoNumber(nn.Module):
+    """A model that has gone wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3] * torch.nan
+
+
+@pytest.mark.parametrize("attack", [MultiStep(), StAdv(), GradientFree()], ids=lambda attack: type(attack).__name__)
+def test_a_model_without_numbers_is_named(attack: Attack) -> None:
+    eps = None if isinstance(attack, StAdv) else 0.2
+    with pytest.raises(ThreatError, match=r"expected .* got nan"):
+        attack_on(NoNumber(), attack, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]), eps)
 
 
 def test_an_image_of_one_pixel_stays_as_it_is() -> None:

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from robplug_flow import fgr, to_pixels, warp
-from robplug_flow.defense import DeformationTraining, FlowGradientRegularization, InputGradientRegularization
 from torch import Tensor, nn
 
 import robplug
@@ -18,6 +16,8 @@ from robplug.errors import InputError
 from robplug.rng import Rng
 from robplug.step import Step
 from robplug.zoo import digits_cnn
+from robplug_flow import fgr, to_pixels, warp
+from robplug_flow.defense import DeformationTraining, FlowGradientRegularization, InputGradientRegularization
 
 SHAPE = (2, 6, 5)
 
@@ -66,7 +66,8 @@ def sampled(x: Tensor, flow: Tensor) -> Tensor:
 def explicit_penalty(model: nn.Module, x: Tensor, y: Tensor, unit: str, mean_loss: bool = False) -> Tensor:
     """Returns the mean squared flow gradient, by autograd through the sampler."""
     flow = torch.zeros(len(x), 2, *x.shape[2:], dtype=x.dtype, requires_grad=True)
-    moved = sampled(x, flow if unit == "pixel" else to_pixels(flow))
+    pixels = {"pixel": (1.0, 1.0), "normalized": (2.5, 2.0)}[unit]  # 6 rows, 5 columns
+    moved = sampled(x, flow * torch.tensor(pixels, dtype=x.dtype).view(2, 1, 1))
     loss = F.cross_entropy(model(moved), y, reduction="mean" if mean_loss else "sum")
     (slope,) = torch.autograd.grad(loss, flow, create_graph=True)
     return slope.square().sum((1, 2, 3)).mean()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from robplug_flow.norm import FLOW
 from torch import Tensor, nn
 
 import robplug
 from robplug.errors import InputError
 from robplug.rng import Rng
 from robplug.types import ThreatModel
+from robplug_flow.norm import FLOW
 
 PARAMS: dict[str, dict[str, int]] = {
     "flow/single-step": {},

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from robplug_flow import flow_gradient_penalty, flow_smoothness, kernels, warp
 from robplug_flow.kernels import ops, reference
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 X = torch.rand(2, 3, 4, 5)
 FLOW = torch.rand(2, 2, 4, 5)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from robplug_flow import flow_gradient_penalty, warp
-from robplug_flow.kernels import reference
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from robplug_flow import flow_gradient_penalty, warp
+from robplug_flow.kernels import reference
 
 
 def test_numbers_by_hand() -> None:

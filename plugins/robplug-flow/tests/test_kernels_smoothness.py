@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from robplug_flow import flow_smoothness
 from robplug_flow.kernels import reference
-from torch import Tensor
 
 NEIGHBOURS = ("adjacent", "diagonal")
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from robplug_flow import flow_gradient_penalty, flow_smoothness, warp
 from robplug_flow.kernels import reference
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from robplug_flow import warp
 from robplug_flow.kernels import reference
-from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((2, 3, 5, 7), (1, 1, 1, 1), (3, 2, 1, 6), (2, 1, 6, 1), (0, 3, 4, 4), (1, 1, 2048, 3), (1, 1, 3, 2048))

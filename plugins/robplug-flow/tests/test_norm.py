@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from robplug_flow import largest_displacement, to_normalized, to_pixels, total_variation, warp
-from robplug_flow.norm import FLOW, FLOW_NORMALIZED, ROUNDINGS
 from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
 from robplug.rng import Rng
+from robplug_flow import largest_displacement, to_normalized, to_pixels, total_variation, warp
+from robplug_flow.norm import FLOW, FLOW_NORMALIZED, ROUNDINGS
 
 
 def images(*shape: int, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:

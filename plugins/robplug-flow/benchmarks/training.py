@@ -3,7 +3,8 @@
     python plugins/robplug-flow/benchmarks/training.py --data FOLDER
 
 FOLDER has ``mnist/`` (idx files). LeNet, 20,000 images, three epochs of Adam; the budget is 0.03 in the paper's
-normalised units, 0.405 pixel. A defence that only hides the gradient shows in the attack without gradients and in random starts.
+normalised units, 0.405 pixel. A defence that only hides the gradient shows in the attack without gradients and in
+random starts.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ class StAdv:
             ones as in common code.
         optimizer: ``"sgd"`` as in the paper, or ``"lbfgs"`` (strong Wolfe line search), which goes sample by sample.
         steps: number of steps of the optimizer.
-        step_size: first step of SGD, in pixels per unit of gradient; L-BFGS starts from its own.
+        step_size: SGD's largest displacement in the first step, in pixels: it sets each sample's learning rate,
+            whatever the scale of the logits. L-BFGS has its line search.
     """
 
     tau: float = 0.1
@@ -98,9 +99,16 @@ class StAdv:
     def _sgd(self, problem: Problem) -> _Best:
         search = _Search(problem, self)
         flow = problem.ball.origin()
-        for step in range(self.steps if len(flow) else 0):
-            size = self.step_size * (1 - step / self.steps)
-            _, gradient = search.slope(flow, softening=search.curvature * size)
+        if len(flow) == 0:
+            return search.best
+        _, gradient = search.slope(flow)
+        steepest = gradient.abs().amax((1, 2, 3), keepdim=True)
+        # an image without any slope goes nowhere at any rate
+        rate = torch.where(steepest > 0, self.step_size / steepest, torch.zeros_like(steepest))
+        for step in range(self.steps):
+            size = rate * (1 - step / self.steps)
+            if step:
+                _, gradient = search.slope(flow, softening=search.curvature * size)
             flow = flow - size * gradient
         with torch.no_grad():
             search.objective(flow)
@@ -141,7 +149,7 @@ class _Search:
         # each pair counts twice, and the Laplacian of a grid with four neighbours has eigenvalues up to 8
         self.curvature = 16 * attack.tau * max(factors) ** 2
 
-    def slope(self, flow: Tensor, softening: float = 0.0) -> tuple[Tensor, Tensor]:
+    def slope(self, flow: Tensor, softening: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the objective, (N,), and its gradient at a flow."""
         flow = flow.detach().requires_grad_()
         with torch.enable_grad():
@@ -151,17 +159,25 @@ class _Search:
             raise ThreatError("flow/stadv: expected a finite gradient of the target, got nan or inf")
         return value.detach(), gradient
 
-    def objective(self, flow: Tensor, softening: float = 0.0) -> Tensor:
-        """Returns L_adv + tau * L_flow, (N,), with softening^2 in place of the 1e-8 under the roots if that is more."""
+    def objective(self, flow: Tensor, softening: Tensor | None = None) -> Tensor:
+        """Returns L_adv + tau * L_flow, (N,).
+
+        Args:
+            flow: (N, 2, H, W) in pixels.
+            softening: (N, 1, 1, 1), whose square takes the place of the 1e-8 under the roots if it is more.
+        """
         attack, problem = self._attack, self._problem
         logits = problem.target.logits(problem.ball.decode(flow))
         ahead, sure = lead(logits, problem.labels, problem.targeted)
         scaled = flow * self._scale
         with torch.no_grad():
             self.best.look(flow.detach(), ahead, flow_smoothness(scaled, attack.neighbours), sure)
-        # a smaller flow is softened more by the constant under the root
-        share = min(1.0, SOFTENING**0.5 / softening) if softening else 1.0
-        roughness = flow_smoothness(scaled * share, attack.neighbours) / share
+        if softening is None:
+            roughness = flow_smoothness(scaled, attack.neighbours)
+        else:
+            # a smaller flow is softened more by the constant under the root
+            share = (SOFTENING**0.5 / softening).clamp(max=1.0)
+            roughness = flow_smoothness(scaled * share, attack.neighbours) / share.flatten()
         return attack.tau * roughness - ahead.clamp(max=attack.kappa)
 
 

@@ -67,7 +67,7 @@ def robplug_attacks() -> list[AttackSpec]:
                 "neighbours": "adjacent",
                 "optimizer": "sgd",
                 "steps": 300,
-                "step_size": 0.1,
+                "step_size": 0.25,
             },
             norms=NORMS,
             budget="minimal",

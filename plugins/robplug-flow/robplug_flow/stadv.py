@@ -55,7 +55,7 @@ class StAdv:
     neighbours: Neighbours = "adjacent"
     optimizer: Optimizer = "sgd"
     steps: int = 300
-    step_size: float = 0.1
+    step_size: float = 0.25
 
     def __post_init__(self) -> None:
         for name in ("tau", "kappa"):

@@ -232,7 +232,7 @@ def test_training_with_fgr_lowers_the_penalty_of_unseen_digits() -> None:
     measured = []
     for defenses in ([], [robplug.defense("flow/fgr", strength=0.1)]):
         torch.manual_seed(0)
-        model = robplug.train(digits_cnn(), train, defenses, epochs=6)
+        model = robplug.train(digits_cnn(), train, defenses, epochs=4)
         penalty = FlowGradientRegularization(1.0).penalty(a_step(model, test.x, test.y))
         with torch.no_grad():
             measured.append((float(penalty.detach()), float((model(test.x).argmax(1) == test.y).float().mean())))

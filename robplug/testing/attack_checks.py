@@ -123,7 +123,7 @@ def check_asks_no_gradient(spec: AttackSpec) -> None:
     problem = f"it asked for a gradient, and its Spec says needs={spec.needs!r}"
     try:
         given.on(blind, offers="scores").run()
-    except Exception:
+    except Exception:  # raised on, but a gradient asked for is the better explanation of whatever it is
         require(not blind.asked, problem)
         raise
     require(not blind.asked, problem)

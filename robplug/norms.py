@@ -8,7 +8,7 @@ field for a norm of flows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +70,29 @@ class Norm(Protocol):
 
     def ball(self, x: Tensor, eps: float | None, bounds: tuple[float, float]) -> Ball:
         """Returns the ball of radius eps (None: no limit) around each sample."""
+        ...
+
+
+@runtime_checkable
+class Measuring(Norm, Protocol):
+    """A norm that measures more than its distance, such as how smooth a change is; the report shows it beside."""
+
+    def measures(self, x: Tensor, x_adv: Tensor, witness: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns measures by name, each (N,) float64, in the unit that the norm chooses.
+
+        The referee calls it after `distance`, with the same tensors: the samples whose x_adv is finite. The witness is
+        the attack's and may be anything, so that a measure counts only where the distance is finite; elsewhere
+        the referee puts nan. The names are to be the same for every batch.
+
+        Args:
+            x: (N, ...) clean samples.
+            x_adv: likewise.
+            witness: what the attack showed; first axis N if it is honest.
+
+        Raises:
+            Exception: any; the rows of the batch become errors, as with `distance`. A witness that does not fit is no
+                reason to raise.
+        """
         ...
 
 

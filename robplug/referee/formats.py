@@ -72,6 +72,11 @@ def distance(value: float | None) -> str:
     return NONE if value is None else f"{value:.3g}"
 
 
+def measure(value: float | None) -> str:
+    """Returns a measure with three digits; thousands in full."""
+    return distance(value) if value is None or abs(value) < 1000 else count(round(value))
+
+
 def unfinished(summary: Summary) -> str:
     """Says what of a run is missing."""
     begun = len({cell.key for cell in summary.cells if not cell.finished})

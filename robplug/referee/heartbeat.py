@@ -11,6 +11,8 @@ import mmap
 import struct
 from pathlib import Path
 
+from robplug.referee.store import explained
+
 _FORM = struct.Struct("<3q")  # starts, calls at the death before the last, calls at the last
 
 
@@ -27,7 +29,15 @@ class Heartbeat:
         self._starts, self._last = 1, -1
 
     def begin(self) -> bool:
-        """Starts the chunk; returns False if it is to be given up."""
+        """Starts the chunk; returns False if it is to be given up.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        with explained(self._path):
+            return self._begin()
+
+    def _begin(self) -> bool:
         died_alike = False
         if self._path.exists() and self._path.stat().st_size == _FORM.size:
             starts, last, calls = _FORM.unpack(self._path.read_bytes())

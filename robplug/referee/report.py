@@ -74,6 +74,8 @@ class Panel:
         subject: the subject.
         curve: an ``<svg>``.
         distances: an ``<svg>``, or "".
+        measures: names of what the norm measures beside the distance.
+        cells: rows of the summary, by radius and attack.
         attacks: those in the figures.
         examples: (attack, example) pairs.
         left_out: number of attacks with examples that are not shown.
@@ -83,6 +85,8 @@ class Panel:
     subject: Subject
     curve: Any
     distances: Any
+    measures: list[str]
+    cells: list[CellSummary]
     attacks: list[Attack]
     examples: list[tuple[Attack, Any]]
     left_out: int
@@ -175,6 +179,8 @@ def _panel(run: Run, summary: Summary, subject: Subject) -> Panel:
         # matplotlib has escaped the names in its text elements
         curve=Markup(figures.curve(cases, cells, stored, summary)),  # noqa: S704
         distances=Markup(figures.distances(cells, stored, summary)),  # noqa: S704
+        measures=list(dict.fromkeys(name for cell in cells for name in cell.median_measures)),
+        cells=sorted(cells, key=lambda cell: (cell.eps is None, cell.eps or 0.0, cell.attack)),
         attacks=[summary.attack(number) for number in sorted({cell.attack for cell in cells})],
         examples=examples[:EXAMPLES],
         left_out=max(len(examples) - EXAMPLES, 0),

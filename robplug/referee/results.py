@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Results:
         content = {"schema_version": SUMMARY_SCHEMA_VERSION, **dataclasses.asdict(summary)}
         write_json(self.path / "summary.json", content)
         names = ("summary.csv", "samples.csv", "worst-case.csv")
-        tables = (_summary_rows(summary), self._rows(), _worst_rows(self._run, summary))
+        tables = (_summary_rows(summary), _sample_rows(self._rows(), summary), _worst_rows(self._run, summary))
         for name, rows in zip(names, tables, strict=True):
             _write_csv(self.path / name, rows)
         return [self.path / name for name in ("summary.json", *names)]
@@ -103,11 +103,28 @@ class Results:
                 "targeted": threat["targeted"],
                 "seed": record["seed"],
             }
-            for row in cell.table.to_pylist():
-                yield {**which, **row}
+            for row, measures in zip(cell.table.to_pylist(), cell.measures, strict=True):
+                yield {**which, **row, "measures": measures}
+
+
+def _sample_rows(rows: Iterator[dict[str, Any]], summary: Summary) -> Iterator[dict[str, Any]]:
+    names = _measure_names(summary)
+    for row in rows:
+        measures = row.pop("measures")
+        yield {**row, **_columns("measures", measures, names)}
+
+
+def _measure_names(summary: Summary) -> list[str]:
+    return list(dict.fromkeys(name for cell in summary.cells for name in cell.median_measures))
+
+
+def _columns(field: str, values: Mapping[str, float | None], names: Sequence[str]) -> dict[str, float | None]:
+    """Spreads a field over columns; every row of a table needs the same."""
+    return {f"{field}.{name}": values.get(name) for name in names}
 
 
 def _summary_rows(summary: Summary) -> Iterator[dict[str, Any]]:
+    names = _measure_names(summary)
     for cell in summary.cells:
         subject, attack = summary.subjects[cell.subject], summary.attack(cell.attack)
         rates = {"clean": cell.clean, "robust_accuracy": cell.robust_accuracy, "success": cell.success}
@@ -127,6 +144,7 @@ def _summary_rows(summary: Summary) -> Iterator[dict[str, Any]]:
             "claim_kind": cell.claim.kind,
             "claim": cell.claim.rate.value,
             "median_distance": cell.median_distance,
+            **_columns("median_measures", cell.median_measures, names),
             **dataclasses.asdict(cell.cost),
         }
 

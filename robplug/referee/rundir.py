@@ -92,6 +92,11 @@ class StoredCell:
         """(N,) int8: 1 claimed, 0 not claimed, -1 no claim made."""
         return np.array([-1 if value is None else int(value) for value in self.table["claim"].to_pylist()], np.int8)
 
+    @cached_property
+    def measures(self) -> list[dict[str, float]]:
+        """What the norm measured beside the distance, a row a sample."""
+        return [dict(pairs) for pairs in self.table["measures"].to_pylist()]
+
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """Returns a column without nulls."""
         return self.table[name].to_numpy()  # type: ignore[no-any-return]

@@ -11,7 +11,6 @@ Every file is written under a temporary name, synced and renamed, so that a read
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -43,6 +42,7 @@ SCHEMA = pa.schema(
         ("forwards", pa.int64()),
         ("backwards", pa.int64()),
         ("note", pa.string()),
+        ("measures", pa.map_(pa.string(), pa.float64())),
     ]
 )
 
@@ -126,7 +126,7 @@ class CellStore:
 
     def write_rows(self, chunk: int, rows: list[SampleResult]) -> None:
         """Writes the rows of a chunk."""
-        columns = [dataclasses.asdict(row) for row in rows]
+        columns = [{**vars(row), "measures": list(row.measures.items())} for row in rows]
         table = pa.Table.from_pylist(columns, schema=SCHEMA)
         write_atomically(self._file("samples", chunk, ".parquet"), lambda path: pq.write_table(table, path))
 

@@ -72,6 +72,7 @@ class CellSummary:
         success: broken / (samples classified correctly).
         claim: the library's own view of that success.
         median_distance: over the broken samples, None if there is none.
+        median_measures: likewise of what the norm measures beside the distance, by name.
         cost: of the cell.
         notes: what the referee noted, with the number of times, most frequent first.
     """
@@ -96,6 +97,7 @@ class CellSummary:
     success: Rate
     claim: Claim
     median_distance: float | None
+    median_measures: dict[str, float | None]
     cost: Cost
     notes: tuple[tuple[str, int], ...]
 
@@ -187,9 +189,19 @@ def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> Cell
         success=wilson(within, attacked),
         claim=_claim(cell, attacked),
         median_distance=float(np.median(cell.distance[broken])) if within else None,
+        median_measures=_medians(cell.measures, broken),
         cost=_cost(cell),
         notes=_notes(cell),
     )
+
+
+def _medians(measures: list[dict[str, float]], broken: np.ndarray[Any, Any]) -> dict[str, float | None]:
+    medians: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for row in measures for name in row):
+        values = np.array([row.get(name) for row in measures], dtype=float)  # None becomes nan
+        values = values[broken & np.isfinite(values)]
+        medians[name] = float(np.median(values)) if len(values) else None
+    return medians
 
 
 def _claim(cell: StoredCell, attacked: int) -> Claim:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robplug.norms import Norm
+from robplug.norms import Measuring, Norm
 from robplug.referee.guard import Outcome
 from robplug.targets import Target, evaluation_mode
 from robplug.types import SampleResult, Status, ThreatModel
@@ -48,6 +48,7 @@ class _Judged:
     prediction: Tensor
     distance: Tensor
     fault: list[str]
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
 
 def predict(target: Target, x: Tensor, batch_size: int) -> Tensor:
@@ -99,6 +100,7 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: 
     assert outcome.perturbed is not None and isinstance(x_adv, Tensor)  # _fault_of_batch has looked
     x_adv = x_adv.detach().to(x.device)
     faults = _faults(x_adv, threat.bounds)
+    measures = {}
     finite = x_adv.flatten(1).isfinite().all(1)
     if bool(finite.any()):
         witness = outcome.perturbed.witness
@@ -107,9 +109,14 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: 
         prediction = torch.where(finite, predict(target, whole, batch_size), -1).cpu()
         found = None if witness is None else witness.detach().to(x.device)[finite]
         distance[finite.cpu()] = norm.distance(x[finite], x_adv[finite], found).cpu()
+        if isinstance(norm, Measuring):
+            for name, values in norm.measures(x[finite], x_adv[finite], found).items():
+                measures[name] = torch.full_like(distance, float("nan"))
+                measures[name][finite.cpu()] = values.double().cpu()
+                measures[name][~distance.isfinite()] = float("nan")  # the witness was not believed
         for row in ((prediction < 0) & finite.cpu()).nonzero().flatten().tolist():
             faults[row] = faults[row] or "makes the model give no number"
-    return _Judged(prediction, distance, faults)
+    return _Judged(prediction, distance, faults, measures)
 
 
 def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
@@ -168,6 +175,7 @@ def _verdict(
         forwards=outcome.forwards if alone else None,
         backwards=outcome.backwards if alone else None,
         note=fault,
+        measures={name: float(values[i]) for name, values in judged.measures.items()},
     )
 
 

@@ -36,6 +36,7 @@ class MadeCell:
     eps: float | None = 0.1
     readings: Sequence[tuple[float, float]] | None = None
     distances: Sequence[float] | None = None
+    measures: Sequence[dict[str, float]] | None = None
     claims: Sequence[bool | None] | None = None
     predictions_adv: Sequence[int] | None = None
     silent: Sequence[int] = ()
@@ -65,6 +66,7 @@ class MadeCell:
 
     def rows(self) -> list[SampleResult]:
         distances = self.distances or [NAN if letter in "me" else self.eps or 0.05 for letter in self.statuses]
+        measures = self.measures or [{}] * len(self.statuses)
         claims = self.claims or [None] * len(self.statuses)
         after = self.predictions_adv or [_prediction(letter) for letter in self.statuses]
         return [
@@ -82,6 +84,7 @@ class MadeCell:
                 forwards=None,
                 backwards=None,
                 note=self.notes.get(i, ""),
+                measures=measures[i],
             )
             for i, letter in enumerate(self.statuses)
         ]

@@ -49,6 +49,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
         distances = [NAN, 0.1, 0.6, 2.0] * 8
         minimal = {"eps": None, "norm": "l2", "readings": [(0.5, 0.5), (1.0, 1.0)], "distances": distances}
+        minimal["measures"] = [
+            {},
+            *({"total variation": size, f"{long} {long}": 12_345.6} for size in (3.0, 4.0, 9.0)),
+        ] * 8
         cells.append(
             MadeCell("mbbb" * 8, target=target, label="cw · art", params_passed={"steps": 9, long: long * 3}, **minimal)
         )
@@ -112,6 +116,20 @@ def test_the_numbers_are_there(text: str) -> None:
     assert "robplug run plan.toml" in words
 
 
+def test_measures_stand_beside_the_distances(text: str, tmp_path: Path) -> None:
+    section = re.search(r'<section id="distances">.*?</section>', text, flags=re.DOTALL)
+    assert section is not None and section[0].count("<table") == 2  # the two subjects whose norm measures more
+    lines = re.findall(r"<tr>.*?</tr>", section[0], flags=re.DOTALL)[:3]
+    cells = [re.findall(r"<t[hd].*?</t[hd]>", line.replace("<br>", " ")) for line in lines]
+    head, half, one = [[_Reader(cell).text for cell in line] for line in cells]
+    assert head[:5] == ["attack", "ε", "samples broken", "median distance", "median total variation"]
+    # at 0.5 a quarter of the samples is broken, at a distance of 0.1; at 1 two quarters, at 0.1 and 0.6
+    assert half == ["4cw · art", "0.5", "8", "0.1", "3", "12\u202f346"]
+    assert one == ["4cw · art", "1", "16", "0.35", "3.5", "12\u202f346"]
+    plain = write_report(write_run(tmp_path, [MadeCell("rb")])).read_text(encoding="utf-8")
+    assert 'class="fold measures"' not in plain and "measures beside" not in plain
+
+
 def test_a_refusal_names_the_attack(tmp_path: Path) -> None:
     cells = [MadeCell("rrre", label="a/one"), MadeCell("rrrr", label="a/two")]
     words = " ".join(_Reader(write_report(write_run(tmp_path, cells)).read_text(encoding="utf-8")).text.split())
@@ -129,6 +147,7 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
             chunk_notes=[EVIL],
             params_passed={EVIL: EVIL},
             goal_rule=EVIL,
+            measures=[{EVIL: 1.0}] * 3,
             targeted=True,
             images=_images(),
         )
@@ -140,7 +159,8 @@ def test_names_are_escaped_wherever_they_stand(tmp_path: Path) -> None:
     assert reader.text.count(EVIL) > 15
     drawings = re.findall(r"<svg.*?</svg>", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "$x_1$" in _Reader(drawings[-1]).text  # and is no formula
-    assert not [value for name, value in reader.attributes if "alert" in value and name not in ("content", "alt")]
+    texts = ("content", "alt", "data-label")
+    assert not [value for name, value in reader.attributes if "alert" in value and name not in texts]
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
@@ -260,7 +280,10 @@ def test_in_a_browser_nothing_overflows_and_nothing_is_fetched(text: str, tmp_pa
         " document.querySelectorAll('details').forEach(one => { one.open = true; });"
         " const names = performance.getEntriesByType('resource').map(entry => entry.name);"
         " const pictures = [...document.images].filter(image => image.naturalWidth > 0);"
+        " const tables = [...document.querySelectorAll('.measures')];"
+        " const cut = tables.filter(table => table.scrollWidth > table.parentElement.clientWidth);"
         " parent.postMessage(`width ${innerWidth} needed ${page.scrollWidth} pictures ${pictures.length}"
+        " cut ${cut.length} of ${tables.length}"
         " fetched ${names.filter(name => !name.startsWith('data:')).length}`, '*'); })</script>"
     )
     assert text.count("default-src 'none';") == 1
@@ -274,7 +297,7 @@ def test_in_a_browser_nothing_overflows_and_nothing_is_fetched(text: str, tmp_pa
     dom = _browse(tmp_path / "frames.html", tmp_path / "frames.png")
     pictures = text.count("<img ")
     for width in (390, 1280):
-        assert f"[width {width} needed {width} pictures {pictures} fetched 0]" in dom
+        assert f"[width {width} needed {width} pictures {pictures} cut 0 of 2 fetched 0]" in dom
     shot = _bytes(tmp_path / "frames.png")
     accent = (shot == (0x0A, 0x6F, 0x6C)).all(axis=2)
     assert accent[:, :390].any() and accent[:, 390:].any()  # the bars were painted at both widths

@@ -383,6 +383,47 @@ def test_numbers_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+MEASURED = [{}, {"length": 9.0}, *({"length": value, "turns": NAN} for value in (1.0, 3.0, NAN, 8.0))]
+
+
+def test_medians_of_measures_are_over_the_broken_samples(tmp_path: Path) -> None:
+    readings = [(0.1, 0.1), (0.5, 0.5), (1.0, 1.0)]
+    distances = [NAN, 0.2, 0.2, 0.3, 0.4, 0.9]
+    summary = _summary(
+        tmp_path, MadeCell("mrbbbb", eps=None, readings=readings, distances=distances, measures=MEASURED), MadeCell("b")
+    )
+    assert [cell.median_measures for cell in summary.cells] == [
+        {"length": None, "turns": None},
+        {"length": 2.0, "turns": None},  # of 1 and 3; the third is not a number
+        {"length": 3.0, "turns": None},
+        {},
+    ]
+
+
+def test_measures_are_exported(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [MadeCell("r", label="a/first"), MadeCell("mrbbbb", measures=MEASURED)])
+    results = Results(run)
+    assert [row["measures"].get("length") for row in results.rows()][:5] == [None, None, 9.0, 1.0, 3.0]
+    results.export()
+    (_, cell) = json.loads((run / "summary.json").read_text())["cells"]
+    assert cell["median_measures"] == {"length": 3.0, "turns": None}
+    for name, columns, values in (
+        ("summary.csv", ["median_measures.length", "median_measures.turns"], [("", ""), ("3.0", "")]),
+        ("samples.csv", ["measures.length", "measures.turns"], [("", ""), ("", ""), ("9.0", ""), ("1.0", "nan")]),
+    ):
+        with (run / name).open(encoding="utf-8") as handle:
+            rows = list(csv.DictReader(handle))
+        assert [column for column in rows[0] if "measures" in column] == columns
+        assert [tuple(row[column] for column in columns) for row in rows][: len(values)] == values
+
+
+def test_without_measures_the_exports_have_no_column_for_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [MadeCell("rb")])
+    Results(run).export()
+    for name in ("summary.csv", "samples.csv"):
+        assert "measures" not in (run / name).read_text()
+
+
 def test_ten_thousand_samples_add_up(tmp_path: Path) -> None:
     """Against a computation on the letters themselves."""
     letters = np.random.default_rng(0).choice(list("mrbie"), size=(3, 10_000), p=[0.05, 0.6, 0.33, 0.01, 0.01])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 import robplug
-from robplug.norms import L2, LINF
+from robplug.norms import L2, LINF, Measuring
 from robplug.referee.guard import Outcome
 from robplug.referee.verify import Batch, verify
-from robplug.types import Perturbed, ThreatModel
+from robplug.types import Perturbed, SampleResult, ThreatModel
 
 
 class Sign(nn.Module):
@@ -61,3 +65,69 @@ def test_a_minimal_attack_is_broken_at_any_distance_and_keeps_it() -> None:
 def test_an_empty_batch_of_attacked_samples() -> None:
     rows = rows_of(flat([0.1]), flat([0.1]), ThreatModel("linf", 0.1, (-1, 1)), [0])
     assert [row.status for row in rows] == ["misclassified"]
+
+
+class Shown:
+    """Believes the witness, (N, 1), if it is the mean change, and measures twice its size."""
+
+    name = "shown"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def distance(self, x: torch.Tensor, x_adv: torch.Tensor, witness: torch.Tensor | None = None) -> torch.Tensor:
+        assert witness is not None
+        change = (x_adv - x).flatten(1).mean(1)
+        return witness[:, 0].abs().double().masked_fill((witness[:, 0] - change).abs() > 1e-6, math.inf)
+
+    def measures(
+        self, x: torch.Tensor, x_adv: torch.Tensor, witness: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        assert witness is not None and len(witness) == len(x) == len(x_adv) and bool(x_adv.isfinite().all())
+        self.asked += 1
+        return {"twice": 2 * witness[:, 0].abs().double(), "rows": torch.full((len(x),), float(len(x))).double()}
+
+    def allowed(self, eps: float, values: int, bounds: tuple[float, float]) -> float:
+        return eps
+
+    def ball(self, x: torch.Tensor, eps: float | None, bounds: tuple[float, float]) -> Any:
+        raise NotImplementedError
+
+
+def measured(shown: list[float], x_adv: torch.Tensor) -> list[SampleResult]:
+    """Verdicts on changes of 0.1 x, of which the fourth is misclassified, under a norm with measures."""
+    x = flat([0.1, 0.1, 0.1, -0.1, 0.1])
+    target, norm = robplug.target(Sign(), bounds=(-1, 1)), Shown()
+    batch = Batch(list(range(5)), x, torch.ones(5, dtype=torch.int64), None, target.predict(x))
+    perturbed = Perturbed(x_adv[batch.attacked], torch.tensor(shown).view(-1, 1)[batch.attacked])
+    rows = verify(target, norm, ThreatModel("shown", 0.5, (-1, 1)), batch, Outcome(perturbed), batch_size=2)
+    assert norm.asked == 1
+    return rows
+
+
+def test_measures_of_a_norm_stand_in_the_rows() -> None:
+    rows = measured([-0.2, 0.0, -0.7, -0.2, -0.2], flat([-0.1, 0.1, -0.6, -0.3, -0.1]))
+    assert [row.status for row in rows] == ["broken", "robust", "invalid", "misclassified", "broken"]
+    assert [row.measures.get("twice") for row in rows] == [
+        pytest.approx(0.4),
+        0.0,
+        pytest.approx(1.4),
+        None,
+        rows[0].measures["twice"],
+    ]
+    assert [row.measures.get("rows") for row in rows] == [4, 4, 4, None, 4]
+
+
+def test_what_is_not_believed_is_not_measured() -> None:
+    x_adv = flat([-0.1, 0.1, -0.6, -0.3, -0.1])
+    x_adv[2, 0, 0, 0] = math.nan
+    rows = measured([-0.1, 0.0, -0.7, -0.2, -0.2], x_adv)
+    assert [row.status for row in rows] == ["invalid", "robust", "invalid", "misclassified", "broken"]
+    assert [row.measures and math.isnan(row.measures["twice"]) for row in rows] == [True, False, True, {}, False]
+    assert [row.measures.get("rows") for row in rows][1::3] == [3, 3]
+
+
+def test_a_norm_need_not_measure_more() -> None:
+    assert isinstance(Shown(), Measuring) and not isinstance(L2, Measuring)
+    rows = rows_of(flat([0.1]), flat([-0.1]), ThreatModel("linf", 0.2, (-1, 1)), [1])
+    assert [row.measures for row in rows] == [{}]

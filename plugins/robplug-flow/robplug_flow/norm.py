@@ -16,8 +16,8 @@ from torch import Tensor
 from robplug.errors import ThreatError
 from robplug.rng import Rng
 from robplug_flow.kernels.ops import warp
-from robplug_flow.metrics import largest_displacement
-from robplug_flow.units import Unit, check_images, pixels_per_unit
+from robplug_flow.metrics import largest_displacement, total_variation
+from robplug_flow.units import Unit, check_images, pixels_per_unit, to_normalized
 
 ROUNDINGS = 12
 """Units of rounding by which a correct warp may be off, relative to the largest |value|, M, of the image.
@@ -92,7 +92,7 @@ class FlowNorm:
 
     Attributes:
         name: as in a threat.
-        unit: of distances and radii.
+        unit: of distances, radii and measures.
     """
 
     name: str
@@ -113,13 +113,29 @@ class FlowNorm:
         Returns:
             (N,) float64.
         """
-        if x.dim() != 4 or witness is None or witness.shape != (len(x), 2, *x.shape[2:]):
+        flow = _shown(x, witness)
+        if flow is None:
             return torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-        flow = witness.detach().to(x.device, torch.float64)
         off = (warp(x.detach().double(), flow) - x_adv.detach().double()).abs_().flatten(1)
         # written so that a NaN explains nothing
         explained = (off <= _tolerance(x)[:, None]).all(1)
         return largest_displacement(flow, self.unit).masked_fill_(~explained, torch.inf)
+
+    def measures(self, x: Tensor, x_adv: Tensor, witness: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the total variation of the witness, which says how rough it is, in the unit of the norm.
+
+        Args:
+            x: (N, C, H, W) clean images.
+            x_adv: likewise; not looked at.
+            witness: (N, 2, H, W) flow in pixels, (row, column).
+
+        Returns:
+            (N,) float64 under ``"total variation"``; nan without a flow.
+        """
+        flow = _shown(x, witness)
+        if flow is None:
+            return {"total variation": torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)}
+        return {"total variation": total_variation(flow if self.unit == "pixel" else to_normalized(flow))}
 
     def allowed(self, eps: float, values: int, bounds: tuple[float, float]) -> float:
         """Returns eps and what float32 adds: it rounds the radius, once more in normalised units."""
@@ -136,6 +152,13 @@ class FlowNorm:
         dtype = torch.promote_types(x.dtype, torch.float32)
         unit = torch.tensor(sides, dtype=dtype, device=x.device).view(2, 1, 1)
         return FlowBall(x, math.inf if eps is None else eps, bounds, unit)
+
+
+def _shown(x: Tensor, witness: Tensor | None) -> Tensor | None:
+    """Returns the witness in float64 if it has the shape of a flow of x, else None."""
+    if x.dim() != 4 or witness is None or witness.shape != (len(x), 2, *x.shape[2:]):
+        return None
+    return witness.detach().to(x.device, torch.float64)
 
 
 def _tolerance(x: Tensor) -> Tensor:

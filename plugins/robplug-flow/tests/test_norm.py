@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
+from robplug.norms import Measuring
 from robplug.rng import Rng
 from robplug_flow import largest_displacement, to_normalized, to_pixels, total_variation, warp
 from robplug_flow.norm import FLOW, FLOW_NORMALIZED, ROUNDINGS
@@ -78,6 +79,28 @@ def test_units_and_metrics_by_hand() -> None:
     assert to_pixels(paper)[0, 0, 0, 0] == pytest.approx(0.155)
     thin = torch.ones(1, 2, 1, 4)
     assert to_normalized(thin)[0, 0].isinf().all() and to_normalized(0 * thin).eq(0).all()
+
+
+def test_the_norms_measure_total_variation_in_their_own_unit() -> None:
+    x = images(3, 1, 5, 9)
+    flow = torch.zeros(3, 2, 5, 9)
+    flow[0] = 0.7  # all pixels alike
+    flow[1, 0, 2:] = 1.0  # a step down between two rows of nine pixels
+    flow[2, 1, :, 4:] = -1.0  # a step along columns, between five pairs
+    x_adv = warp(x, flow)
+    (name,) = FLOW.measures(x, x_adv, flow)
+    assert name == "total variation"
+    assert FLOW.measures(x, x_adv, flow)[name].tolist() == [0.0, 9.0, 5.0]
+    assert FLOW_NORMALIZED.measures(x, x_adv, flow)[name].tolist() == [0.0, 9 / 2, 5 / 4]
+    assert FLOW.measures(x, x_adv, flow.half())[name].dtype == torch.float64
+    assert isinstance(FLOW, Measuring)
+
+
+def test_what_is_no_flow_has_no_total_variation() -> None:
+    x, flow = images(3, 1, 5, 5), flows(3, 5, 5)
+    for norm in (FLOW, FLOW_NORMALIZED):
+        for wrong in (None, flow[:, :1], flow[:2], flow[..., :4]):
+            assert norm.measures(x, x, wrong)["total variation"].isnan().tolist() == [True] * 3
 
 
 def test_ball_of_normalised_units_has_a_radius_per_axis() -> None:

@@ -22,7 +22,7 @@ from robplug.testing.spec_checks import check_fields_documented, check_frozen_da
 from robplug.testing.trials import require
 from robplug.types import AttackSpec, DatasetSpec, DefenseSpec, NormSpec, Spec, TargetSpec
 
-PIECES = ("prepare", "objective", "penalty", "mode", "after_step", "finish")
+PIECES = ("prepare", "augment", "objective", "penalty", "mode", "after_step", "finish")
 IMAGES = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robplug.adapters.art.survey import survey
 from robplug.adapters.common import attack_specs, catalogue
+from robplug.adapters.motion import MOTION
 from robplug.norms import L0, L1, L2, LINF
 from robplug.registry import resolve
 from robplug.rng import Rng
@@ -18,7 +19,7 @@ from robplug.targets import Target, from_module
 from robplug.types import AttackSpec, Perturbed, ThreatModel
 
 SPECS = attack_specs("art")
-NORMS = {norm.name: norm for norm in (LINF, L2, L1, L0)}
+NORMS = {norm.name: norm for norm in (LINF, L2, L1, L0, MOTION)}
 BOUNDS = (-1.0, 3.0)
 SAMPLES = 2
 CLASSES = 5
@@ -46,6 +47,7 @@ TINY = {
     "art/threshold": {"th": 120, "max_iter": 1},
     "art/sign-opt": {"num_trial": 20, "k": 5, "max_iter": 1},
     "art/sim-ba": {"max_iter": 40, "epsilon": 1.0},
+    "art/spatial-transformation": {"num_translations": 3, "num_rotations": 3},
     "art/square": {"max_iter": 10},
     "art/universal-perturbation": {"max_iter": 2},
     "art/targeted-universal-perturbation": {"max_iter": 2, "attacker_params": {"targeted": True}},
@@ -104,7 +106,7 @@ def attack(
     spec: AttackSpec, norm: str, targeted: bool, problem: tuple[Target, Watched, Tensor, Tensor], seed: int = 0
 ) -> tuple[Perturbed, ThreatModel]:
     target, _, x, y = problem
-    eps = {"linf": 0.8, "l2": 8.0, "l1": 40.0}[norm] if spec.budget == "fixed" else None
+    eps = {"linf": 0.8, "l2": 8.0, "l1": 40.0, "rotation-translation": 2.0}[norm] if spec.budget == "fixed" else None
     threat = ThreatModel(norm, eps, BOUNDS, targeted)
     goal = (y + 1) % CLASSES if targeted else None
     made = resolve(spec)(**{**spec.params, **TINY.get(spec.name, {})})
@@ -129,7 +131,7 @@ def test_every_offered_entry_runs(
     assert found.x_adv.isfinite().all() and not torch.equal(found.x_adv, x)
     assert found.x_adv.min() >= BOUNDS[0] and found.x_adv.max() <= BOUNDS[1]
     if threat.eps is not None:
-        distance = NORMS[norm].distance(x, found.x_adv)
+        distance = NORMS[norm].distance(x, found.x_adv, found.witness)
         assert (distance <= NORMS[norm].allowed(threat.eps, x[0].numel(), BOUNDS)).all()
 
     assert network.gradients == (spec.needs == "gradients")

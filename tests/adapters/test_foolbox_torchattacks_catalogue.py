@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robplug.adapters.common import attack_specs, catalogue
+from robplug.adapters.motion import MOTION
 from robplug.norms import L0, L1, L2, LINF
 from robplug.registry import resolve
 from robplug.rng import Rng
@@ -19,7 +20,7 @@ from robplug.types import AttackSpec, Perturbed, ThreatModel
 
 LIBRARIES = ("foolbox", "torchattacks")
 SPECS = [spec for library in LIBRARIES for spec in attack_specs(library)]
-NORMS = {norm.name: norm for norm in (LINF, L2, L1, L0)}
+NORMS = {norm.name: norm for norm in (LINF, L2, L1, L0, MOTION)}
 BOUNDS = (-1.0, 3.0)
 SAMPLES = 4
 CLASSES = 5
@@ -96,7 +97,7 @@ def runs() -> Iterator[object]:
 
 def attack(spec: AttackSpec, norm: str, targeted: bool, problem: tuple[Target, Watched, Tensor, Tensor], seed: int = 0):
     target, _, x, y = problem
-    eps = {"linf": 0.4, "l2": 2.0, "l1": 8.0}[norm] if spec.budget == "fixed" else None
+    eps = {"linf": 0.4, "l2": 2.0, "l1": 8.0, "rotation-translation": 2.0}[norm] if spec.budget == "fixed" else None
     threat = ThreatModel(norm, eps, BOUNDS, targeted)
     goal = (y + 1) % CLASSES if targeted else None
     made = resolve(spec)(**{**spec.params, **TINY.get(spec.name, {})})
@@ -118,7 +119,7 @@ def test_every_offered_entry_runs(
     if spec.name not in LEAVE_THE_BOX:
         assert found.x_adv.min() >= BOUNDS[0] and found.x_adv.max() <= BOUNDS[1]
     if threat.eps is not None:
-        distance = NORMS[norm].distance(x, found.x_adv)
+        distance = NORMS[norm].distance(x, found.x_adv, found.witness)
         assert (distance <= NORMS[norm].allowed(threat.eps, x[0].numel(), BOUNDS)).all()
 
     assert network.gradients == (spec.needs == "gradients")

@@ -12,6 +12,7 @@ What is done to a class of ART, beyond calling it:
   finds would else depend on how many samples went before. Their batch size, which counts queries, stays ART's.
 - Boundary attack and HopSkipJump draw their starts from the operating system's entropy; they are given starts, drawn
   the same way from the sample's own stream.
+- SpatialTransformation is told of its images in another way, see spatial.py.
 - What the float32 rounding of ART's last addition put beyond the bounds is put back on them.
 
 ART makes no claim of success.
@@ -51,10 +52,13 @@ UNIT_BOX = frozenset(
 """Classes with constants, clipping or tolerances meant for [0, 1], or that run such a class."""
 STARTED = frozenset({"BoundaryAttack", "HopSkipJump"})
 EVOLUTION = frozenset({"PixelAttack", "ThresholdAttack"})
-ONE_BY_ONE = STARTED | EVOLUTION | {"SignOPTAttack", "SimBA", "ZooAttack"}
+ONE_BY_ONE = STARTED | EVOLUTION | {"SignOPTAttack", "SimBA", "SpatialTransformation", "ZooAttack"}
 PROBABILITIES = EVOLUTION | {"NewtonFool", "SimBA", "VirtualAdversarialMethod"}
 """Classes made for networks that give probabilities instead of logits."""
-IMAGES = frozenset({"AutoAttack", "CarliniL0Method", "PixelAttack", "SimBA", "SquareAttack", "ThresholdAttack"})
+IMAGES = frozenset(
+    {"AutoAttack", "CarliniL0Method", "PixelAttack", "SimBA", "SpatialTransformation", "SquareAttack"}
+    | {"ThresholdAttack"}
+)
 """Classes that need samples of shape (C, H, W)."""
 ROUNDING = 2.0**-20
 """Share of the width of the box that counts as rounding; ART itself takes 1e-6 for no change in its l0 attack."""
@@ -86,7 +90,8 @@ class ArtAttack(ForeignAttack):
                 parts = [self._attack(target, x[row], labels[row], threat, rng.select(row)) for row in rows]
         finally:
             before.restore()
-        return Perturbed(torch.cat(parts))
+        witness = [part.witness for part in parts if part.witness is not None]
+        return Perturbed(torch.cat([part.x_adv for part in parts]), torch.cat(witness) if witness else None)
 
     @property
     def _name(self) -> str:
@@ -100,7 +105,7 @@ class ArtAttack(ForeignAttack):
         if self._name in IMAGES and x.dim() != 4:
             raise InputError(f"images (N, C, H, W) for {name}", tuple(x.shape), "use another attack")
 
-    def _attack(self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng) -> Tensor:
+    def _attack(self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng) -> Perturbed:
         unit = self._name in UNIT_BOX
         clean = (to_unit(x, threat.bounds) if unit else x.detach()).float()
         estimator = self._estimator(target, x)
@@ -109,7 +114,7 @@ class ArtAttack(ForeignAttack):
         if self._name in STARTED:
             start = self._start(target, x, labels, threat, rng)
             if start is None:
-                return x.clone()
+                return Perturbed(x.clone())
             arguments["x_adv_init"] = start.float().cpu().numpy()
         strategy = _seeded_cma() if self._name in EVOLUTION else nullcontext()
         with seeded_globals(rng.batch_seed()), strategy:
@@ -121,15 +126,16 @@ class ArtAttack(ForeignAttack):
             # the change is mapped and not the image: a value that was left alone stays the same to the bit
             scale = threat.bounds[1] - threat.bounds[0] if unit else 1.0
             found = x + ((found - clean) * scale).to(x.dtype)
-        return _without_rounding(found, threat.bounds)
+        return Perturbed(_without_rounding(found, threat.bounds))
 
-    def _estimator(self, target: Target, x: Tensor) -> PyTorchClassifier:
+    def _estimator(self, target: Target, x: Tensor, channels_first: bool = True) -> PyTorchClassifier:
         unit = self._name in UNIT_BOX
         return PyTorchClassifier(
             model=_Shell(target, unit, self._name in PROBABILITIES),
             loss=nn.CrossEntropyLoss(reduction="sum"),
             input_shape=tuple(x.shape[1:]),
             nb_classes=target.count_classes(x),
+            channels_first=channels_first,
             clip_values=(0.0, 1.0) if unit else target.bounds,
             preprocessing=None,
             device_type="cpu" if x.device.type == "cpu" else "gpu",
@@ -209,4 +215,8 @@ def _without_rounding(x_adv: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 @functools.cache
 def __getattr__(name: str) -> type[Any]:
+    if name == "SpatialTransformation":
+        from robplug.adapters.art.spatial import Spatial  # which is derived from the class above
+
+        return make_attack_class("art", name, Spatial)
     return make_attack_class("art", name, ArtAttack)

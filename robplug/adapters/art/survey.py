@@ -23,6 +23,7 @@ EVASION = "art.attacks.evasion"
 
 DECIDED = frozenset(
     {"self", "classifier", "estimator", "eps", "norm", "targeted", "batch_size", "verbose", "summary_writer"}
+    | {"max_translation", "max_rotation"}
     | {"adv_criterion", "loss", "mask", "attacks", "estimator_orig", "parallel_pool_size"}
 )
 """Parameters that threat, target and adapter decide, and objects that no plan can name."""
@@ -65,6 +66,7 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "BoundaryAttack": can("l2", canonical="boundary", **_DECISION),
     "HopSkipJump": can("l2", "linf", canonical="hop-skip-jump", **_DECISION),
     "SignOPTAttack": can("l2", targeted=False, **_DECISION),
+    "SpatialTransformation": can("rotation-translation", targeted=False, needs="labels"),
 }
 
 _PATCH = "paints a patch without limit, which leaves every ball by design"
@@ -108,7 +110,6 @@ REFUSED = {
     "RobustDPatch": _DETECTION,
     "SNAL": _DETECTION,
     "ShadowAttack": _NO_NORM + "its change, which is kept smooth and colourless and not small",
-    "SpatialTransformation": _NO_NORM + "a rotation or translation",
     "Wasserstein": _NO_NORM + "the Wasserstein distance",
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import foolbox
 import torch
 from foolbox.criteria import Criterion, Misclassification, TargetedMisclassification
-from torch import Tensor
+from torch import Tensor, nn
 
 from robplug.adapters.common import ForeignAttack, make_attack_class
 from robplug.adapters.unit_box import from_unit, to_unit
@@ -46,6 +46,9 @@ ONE_BY_ONE = frozenset({"HopSkipJumpAttack"})
 """Classes in which a sample's step depends on its neighbours (a norm is taken over the whole batch)."""
 
 
+GOALS: dict[bool, type[Criterion]] = {False: Misclassification, True: TargetedMisclassification}
+
+
 class FoolboxAttack(ForeignAttack):
     """Base of the classes made from the catalogue."""
 
@@ -71,19 +74,14 @@ class FoolboxAttack(ForeignAttack):
                 parts = [self._attack(target, x[row], labels[row], threat, rng.select(row)) for row in rows]
         finally:
             before.restore()
-        return Perturbed(torch.cat([part for part, _ in parts]), None, torch.cat([claim for _, claim in parts]))
+        return _joined(parts)
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
-    def _attack(
-        self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng
-    ) -> tuple[Tensor, Tensor]:
-        """Returns x_adv and the claim."""
-        # Foolbox compares values with bounds as Python numbers; 2.64 is less than its nearest float32
-        bounds = tuple(float(x.new_tensor(bound)) for bound in threat.bounds)
-        model = foolbox.PyTorchModel(target.module, bounds=bounds, device=x.device)
+    def _attack(self, target: Target, x: Tensor, labels: Tensor, threat: ThreatModel, rng: Rng) -> Perturbed:
+        model = make_model(target.module, x, threat.bounds)
         eps = radius(threat) if self.entry["budget"] == "fixed" else None
         clean = x
         if self._name in UNIT_BOX:
@@ -94,13 +92,13 @@ class FoolboxAttack(ForeignAttack):
         found = _no_rounding_out(raw, found, model.bounds)
         if eps is None:
             found = torch.where(claim.view(-1, *[1] * (x.dim() - 1)), found, clean)
-        return (from_unit(x, found, threat.bounds) if self._name in UNIT_BOX else found), claim
+        return Perturbed(from_unit(x, found, threat.bounds) if self._name in UNIT_BOX else found, None, claim)
 
     def _call(
         self, model: Any, x: Tensor, labels: Tensor, targeted: bool, eps: float | None, norm: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns Foolbox's raw, clipped and is_adv."""
-        goal = TargetedMisclassification if targeted else Misclassification
+        goal = GOALS[targeted]
         attack = self._make(norm)
         if self._name not in STARTS:
             raw, found, claim = attack(model, x, goal(labels), epsilons=eps)
@@ -119,6 +117,18 @@ class FoolboxAttack(ForeignAttack):
         return self.foreign(**self.params(), **{key: value for key, value in decided.items() if key in known})
 
 
+def make_model(module: nn.Module, x: Tensor, bounds: tuple[float, float]) -> Any:
+    """Returns the network as Foolbox takes it."""
+    # Foolbox compares values with bounds as Python numbers; 2.64 is less than its nearest float32
+    return foolbox.PyTorchModel(module, bounds=tuple(float(x.new_tensor(bound)) for bound in bounds), device=x.device)
+
+
+def _joined(parts: list[Perturbed]) -> Perturbed:
+    witness = [part.witness for part in parts if part.witness is not None]
+    claim = torch.cat([part.claim for part in parts if part.claim is not None])
+    return Perturbed(torch.cat([part.x_adv for part in parts]), torch.cat(witness) if witness else None, claim)
+
+
 def _meets(criterion: Criterion, model: Any, x: Tensor) -> Tensor:
     result: Tensor = criterion(x, model(x))
     return result
@@ -132,4 +142,8 @@ def _no_rounding_out(raw: Tensor, found: Tensor, bounds: tuple[float, float]) ->
 
 @functools.cache
 def __getattr__(name: str) -> type[Any]:
+    if name == "SpatialAttack":
+        from robplug.adapters.foolbox.spatial import Spatial  # which is derived from the class above
+
+        return make_attack_class("foolbox", name, Spatial)
     return make_attack_class("foolbox", name, FoolboxAttack)

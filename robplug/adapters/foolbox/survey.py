@@ -15,7 +15,7 @@ from foolbox.attacks.base import Attack
 from robplug.adapters.common import spec_name
 from robplug.adapters.survey import can, write_catalogue
 
-DECIDED = frozenset({"distance", "constraint", "init_attack", "tensorboard"})
+DECIDED = frozenset({"distance", "constraint", "max_translation", "max_rotation", "init_attack", "tensorboard"})
 """Parameters that the threat decides, and objects that no plan can name."""
 
 REQUIRED = {("VirtualAdversarialAttack", "steps"): 1}
@@ -79,13 +79,13 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "PointwiseAttack": can("l0", "l2", stochastic=True, **_SEARCH),
     "BoundaryAttack": can("l2", stochastic=True, canonical="boundary", **_SEARCH),
     "HopSkipJumpAttack": can("l2", "linf", stochastic=True, canonical="hop-skip-jump", **_SEARCH),
+    "SpatialAttack": can("rotation-translation", needs="labels", stochastic=True),
 }
 
 _NUMBA = "needs the package numba, which Foolbox does not install and robplug does not depend on"
 REFUSED = {
     "BinarizationRefinementAttack": "refines adversarial examples that it must be given, of a model that binarises",
     "DatasetAttack": "needs a second data set, fed to it beforehand, from which it takes its samples",
-    "SpatialAttack": "no installed norm measures a rotation or translation, and Foolbox gives it no distance",
     **{f"{norm}BrendelBethgeAttack": _NUMBA for norm in ("L0", "L1", "L2", "Linfinity")},
 }
 

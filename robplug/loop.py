@@ -6,6 +6,7 @@ step, projection, restarts. A norm's `Ball` says how to move; nothing leaves the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -139,12 +140,13 @@ def _one_start(problem: Problem, how: Steps, look: bool) -> tuple[Tensor, Tensor
     for _ in range(how.steps):
         gradient, logits = _gradient(problem, z, how)
         if may_leave and bool((done := problem.broken(logits)).any()):
-            result[index[done]], success[index[done]] = z[done], True
-            keep = ~done
-            if not bool(keep.any()):
+            leaving = done.nonzero().flatten()
+            result[index[leaving]], success[index[leaving]] = z[leaving], True
+            if len(leaving) == len(z):
                 return result, success
-            problem, index, z, gradient = problem.select(keep), index[keep], z[keep], gradient[keep]
-            velocity = None if velocity is None else velocity[keep]
+            staying = (~done).nonzero().flatten()
+            problem, index, z, gradient = problem.select(~done), index[staying], z[staying], gradient[staying]
+            velocity = None if velocity is None else velocity[staying]
         if how.momentum:
             gradient = gradient / _mean_abs(gradient)
             velocity = gradient if velocity is None else velocity.mul_(how.momentum).add_(gradient)
@@ -165,9 +167,11 @@ def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = problem.ball.decode(z)
             logits = problem.target.logits(x if how.transform is None else how.transform(x, problem.rng))
-            loss = how.loss(logits, problem.labels).sum()
-        (gradient,) = torch.autograd.grad(-loss if problem.targeted else loss, z)
-        if not bool(gradient.isfinite().all()):
+            loss = how.loss(logits, problem.labels)
+        upwards = torch.full_like(loss, -1.0 if problem.targeted else 1.0)
+        (gradient,) = torch.autograd.grad(loss, z, upwards)
+        # the sum is finite only if all values are (and costs a tenth of asking each); a finite overflow is asked again
+        if not math.isfinite(gradient.sum()) and not bool(gradient.isfinite().all()):
             raise ThreatError("expected a finite gradient of the target, got nan or inf; use an attack on scores")
         total = gradient if total is None else total.add_(gradient)
     assert total is not None  # draws >= 1

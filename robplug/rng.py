@@ -6,6 +6,7 @@ the highest counter word. Draws are made on the CPU and moved, so they are the s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,8 +64,9 @@ class Rng:
             keep: (N,) bool.
         """
         rows = keep.nonzero().flatten().tolist()
-        part = Rng(self.seed, [self.ids[row] for row in rows], self.restart)
-        part._pool, part._places = self._pool, [self._places[row] for row in rows]
+        part = copy.copy(self)  # the pool stays shared
+        part.ids = tuple(self.ids[row] for row in rows)
+        part._places = [self._places[row] for row in rows]
         return part
 
     def at_restart(self, restart: int) -> Rng:

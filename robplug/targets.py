@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -98,13 +98,13 @@ class Target:
     @property
     def device(self) -> torch.device:
         """The device of the parameters (the CPU if there are none)."""
-        tensor = self._first_tensor()
+        tensor = self._first_tensor
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of the parameters (float32 if there are none)."""
-        tensor = self._first_tensor()
+        tensor = self._first_tensor
         return torch.float32 if tensor is None else tensor.dtype
 
     @property
@@ -115,9 +115,17 @@ class Target:
         """
         return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
 
+    @property
     def _first_tensor(self) -> Tensor | None:
-        tensors = itertools.chain(self.module.parameters(), self.module.buffers())
-        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        if self._first_parameter is not None:
+            return self._first_parameter
+        return next((buffer for buffer in self.module.buffers() if buffer.is_floating_point()), None)
+
+    @functools.cached_property
+    def _first_parameter(self) -> Tensor | None:
+        # kept, as a walk through the modules costs as much as a step on a small network; .half() and .to() change
+        # parameters in place, and replace buffers
+        return next((tensor for tensor in self.module.parameters() if tensor.is_floating_point()), None)
 
 
 class _Averaged(nn.Module):

@@ -43,12 +43,19 @@ def robplug_attacks() -> list[AttackSpec]:
 
 @hookimpl
 def robplug_norms() -> list[NormSpec]:
-    """The pixel norms."""
+    """The pixel norms, and the norm of the rigid motions that two of the libraries look for."""
     return [
         NormSpec(name="linf", make="robplug.norms:LINF", summary="largest absolute change of a value"),
         NormSpec(name="l2", make="robplug.norms:L2", summary="Euclidean length of the change"),
         NormSpec(name="l1", make="robplug.norms:L1", summary="sum of absolute changes"),
         NormSpec(name="l0", make="robplug.norms:L0", summary="number of changed values", unit="values"),
+        NormSpec(
+            name="rotation-translation",
+            make="robplug.adapters.motion:MOTION",
+            summary="largest of both shifts and the rotation of an image",
+            source="Engstrom et al. 2019",
+            unit="pixels; ten degrees count as one",
+        ),
     ]
 
 
@@ -70,6 +77,20 @@ def robplug_targets() -> list[TargetSpec]:
             summary="ResNet-20 for CIFAR-10, shortcuts of option A, untrained",
             source="He et al. 2016, section 4.2",
             params={"mean": None, "std": None},
+        ),
+        TargetSpec(
+            name="robplug/vgg11",
+            make="robplug.zoo_cifar:vgg11",
+            summary="VGG-11 with batch norm for CIFAR, untrained",
+            source="Simonyan and Zisserman 2015, table 1",
+            params={"classes": 10, "mean": None, "std": None},
+        ),
+        TargetSpec(
+            name="robplug/resnet18",
+            make="robplug.zoo_cifar:resnet18",
+            summary="ResNet-18 for CIFAR, untrained",
+            source="He et al. 2016, table 1",
+            params={"classes": 10, "mean": None, "std": None},
         ),
         TargetSpec(
             name="robplug/digits-standard",
@@ -127,6 +148,14 @@ def robplug_defenses() -> list[DefenseSpec]:
     """Plain and adversarial training."""
     return [
         DefenseSpec(name="robplug/none", make="robplug.defenses:NoDefense", summary="plain training"),
+        DefenseSpec(
+            name="robplug/crop-flip",
+            make="robplug.augmentation:CropFlip",
+            summary="random crops and mirror images of the training data",
+            source="He et al. 2016, section 4.2",
+            params={"padding": 4, "flip": True},
+            pieces=("augment",),
+        ),
         DefenseSpec(
             name="robplug/at",
             make="robplug.adversarial:AdversarialTraining",

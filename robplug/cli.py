@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata as metadata
 import shlex
 import sys
 from collections import Counter
@@ -28,6 +29,20 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"robplug {metadata.version('robplug')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = (
+        False
+    ),
+) -> None: ...
 
 
 @app.command()

@@ -41,8 +41,9 @@ class Prepared:
 class Defense:
     """A defence in training; derive a frozen dataclass whose fields are its parameters, and override what it needs.
 
-    A step of a stack: the one `objective`, which alone moves batch norm's running statistics, then every `penalty`;
-    their sum is differentiated and the optimizer steps; then every `after_step`. Random draws come from ``step.rng``.
+    A step of a stack: every `augment`, in order; the one `objective`, which alone moves batch norm's running
+    statistics; then every `penalty`; their sum is differentiated and the optimizer steps; then every `after_step`.
+    Random draws come from ``step.rng``.
 
     Attributes:
         patience: epochs without a better `score` after which training stops and the best weights are taken; None, the
@@ -54,6 +55,10 @@ class Defense:
     def prepare(self, model: nn.Module) -> Prepared:
         """Changes the model in place before training; its parameters stay the same objects."""
         return Prepared()
+
+    def augment(self, step: Step) -> Tensor:
+        """Returns the samples, (N, ...), to be trained on in place of ``step.x``; the labels stay."""
+        return step.x
 
     def objective(self, step: Step) -> Tensor:
         """Returns the main loss, a scalar; one defence of a stack may override it.
@@ -197,6 +202,9 @@ class Stack:
     def losses(self, step: Step) -> Losses:
         """Returns the losses of a batch; batch norm's running statistics move with the objective alone."""
         step.layers = self._layers
+        for defense, prepared in zip(self.defenses, self._prepared, strict=True):
+            step.state = prepared.state
+            step.x = defense.augment(step)
         step.state = self._prepared[self._main].state
         objective = self.defenses[self._main].objective(step)
         right = step.right()

@@ -82,6 +82,7 @@ class TrainPlan(Options):
     Attributes:
         model: a name of ``robplug list targets``, ``file.py:object`` or ``module:object``. A file's code is run.
         params: arguments of the model, if it is a function.
+        weights: a file of weights to begin with, such as another training's ``weights.safetensors``.
         dataset: a name, or a table with ``name``, ``split``, ``root``, ``samples`` and ``params``.
         defenses: names, or tables with ``name`` and the defence's parameters.
         out: folder of the weights.
@@ -89,6 +90,7 @@ class TrainPlan(Options):
 
     model: str
     params: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
     dataset: Annotated[TrainingData, BeforeValidator(_by_name)]
     defenses: list[Annotated[DefenseEntry, BeforeValidator(_by_name)]] = Field(default_factory=list)
     out: str
@@ -146,7 +148,7 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
 
     plan, where = load_train_plan(path), str(path)
     dataset = make_dataset(plan.dataset, registry(), where)
-    entry = TargetEntry(name=plan.model, params=plan.params)
+    entry = TargetEntry(name=plan.model, params=plan.params, weights=plan.weights)
     with seeded_globals(sub_seed(plan.seed, "model")):
         model = make_target(entry, dataset.bounds, registry(), where, "cpu").module
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -33,7 +34,7 @@ class ThreatModel:
         targeted: whether a given class is to be reached (else: any wrong class).
 
     Raises:
-        ThreatError: eps negative or not finite, or bounds not in order.
+        ThreatError: eps no number, negative or not finite, or bounds not in order.
 
     Example:
         >>> ThreatModel(norm="linf", eps=8 / 255).bounds
@@ -46,6 +47,8 @@ class ThreatModel:
     targeted: bool = False
 
     def __post_init__(self) -> None:
+        if self.eps is not None and not isinstance(self.eps, numbers.Real):
+            raise ThreatError(f"expected eps to be a number, got {self.eps!r}; write 8 / 255 without quotes")
         if self.eps is not None and not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"expected eps >= 0 and finite, got {self.eps}; use None for the smallest distance")
         low, high = self.bounds
@@ -114,7 +117,7 @@ class DefenseSpec(Spec):
     """A defence that ``robplug train`` can use; ``make`` names a frozen dataclass (see `Defense`).
 
     Attributes:
-        pieces: which of prepare, objective, penalty, mode, after_step and finish it has.
+        pieces: which of prepare, augment, objective, penalty, mode, after_step and finish it has.
         tasks: tasks that it serves.
     """
 
@@ -190,6 +193,7 @@ class SampleResult:
         forwards: rows sent forward, where they can be told apart, else None.
         backwards: likewise backward.
         note: why a sample is invalid or in error.
+        measures: what the norm measures beside the distance, by name (nan where the distance is not finite).
     """
 
     sample: int
@@ -205,6 +209,7 @@ class SampleResult:
     forwards: int | None
     backwards: int | None
     note: str
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class Attack(Protocol):

@@ -76,6 +76,19 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def normalize_by(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalize | None:
+    """Returns a `Normalize`, or None if neither is given.
+
+    Raises:
+        InputError: only one of them is given.
+    """
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise InputError("both mean and std, or neither", (mean, std))
+    return Normalize(mean, std)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm and a shortcut without parameters (option A).
 
@@ -158,11 +171,7 @@ def resnet20(mean: Sequence[float] | None = None, std: Sequence[float] | None = 
     Raises:
         InputError: only one of them is given.
     """
-    if mean is None and std is None:
-        return CifarResNet(3)
-    if mean is None or std is None:
-        raise InputError("both mean and std, or neither", (mean, std))
-    return CifarResNet(3, Normalize(mean, std))
+    return CifarResNet(3, normalize_by(mean, std))
 
 
 def digits_standard() -> nn.Module:

@@ -20,6 +20,7 @@ from robplug.plugins import registry
 from robplug.registry import resolve
 from robplug.rng import Rng
 from robplug.step import Step
+from robplug.testing.checks import PIECES
 from robplug.training import fit
 
 
@@ -221,11 +222,10 @@ def test_mode_and_after_step_are_called() -> None:
 
 
 def test_specs_agree_with_their_classes() -> None:
-    for name in ("robplug/at", "robplug/none"):
+    for name in ("robplug/at", "robplug/none", "robplug/crop-flip"):
         spec = registry().spec("defense", name)
         made = resolve(spec)()
         assert {key: getattr(made, key) for key in spec.params} == dict(spec.params)
         assert set(spec.params) == set(made.__dataclass_fields__)
-        assert spec.pieces == tuple(p for p in ("prepare", "objective", "penalty", "mode", "after_step", "finish")
-                                    if getattr(type(made), p) is not getattr(Defense, p))  # fmt: skip
+        assert spec.pieces == tuple(p for p in PIECES if getattr(type(made), p) is not getattr(Defense, p))
     assert isinstance(robplug.defense("robplug/none"), NoDefense)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import robplug
+from robplug.augmentation import CropFlip
+from robplug.defenses import NoDefense
 from robplug.errors import PlanError
+from robplug.training import fit
 from robplug.training_plan import load_train_plan, run_train_plan
+from robplug.zoo import digits_cnn
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -63,6 +69,45 @@ def test_a_plan_may_name_a_model_of_ones_own(tmp_path: Path) -> None:
         f'model = "mine.py:net"\nparams = {{ width = 3 }}\ndataset = "digits"\nepochs = 1\nout = "{tmp_path / "out"}"\n'
     )
     assert set(load_file(run_train_plan(plan, progress=False))) == {"1.weight", "1.bias"}
+
+
+def test_a_plan_may_begin_with_the_weights_of_another(tmp_path: Path) -> None:
+    plans = {"first": PLAN, "tuned": f'weights = "{tmp_path}/first/weights.safetensors"\nlr = 1e-12\n{PLAN}'}
+    found = {}
+    for name, text in plans.items():
+        (tmp_path / f"{name}.toml").write_text(text.replace("OUT", str(tmp_path / name)))
+        found[name] = load_file(run_train_plan(tmp_path / f"{name}.toml", progress=False))
+    for name, tensor in found["first"].items():
+        torch.testing.assert_close(found["tuned"][name], tensor, rtol=0, atol=1e-6)
+    missing = plans["tuned"].replace("first", "none")
+    (tmp_path / "missing.toml").write_text(missing.replace("OUT", str(tmp_path / "missing")))
+    with pytest.raises(PlanError, match=r"none/weights\.safetensors"):
+        run_train_plan(tmp_path / "missing.toml", progress=False)
+
+
+def test_augmented_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    data = robplug.dataset("digits", split="train").head(200)
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 64, "device": "cpu", "seed": 3}
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return digits_cnn()
+
+    class Stop(NoDefense):
+        left = 5
+
+        def after_step(self, model: nn.Module) -> None:
+            Stop.left -= 1
+            if Stop.left == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    stack = [CropFlip(padding=1), Stop()]
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), data, stack, out=tmp_path / "parts", **options)
+    resumed = fit(net(), data, stack, out=tmp_path / "parts", resume=True, **options)
+    assert_same(resumed.state_dict(), fit(net(), data, stack, **options).state_dict())
+    plain = fit(net(), data, [NoDefense()], **options).state_dict()
+    assert any(not torch.equal(plain[name], tensor) for name, tensor in resumed.state_dict().items())
 
 
 @pytest.mark.parametrize(

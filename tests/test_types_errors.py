@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from robplug import errors, types
@@ -20,6 +21,12 @@ def test_a_threat_model_keeps_what_it_is_given():
     assert [type(bound) for bound in threat.bounds] == [float, float]
     assert ThreatModel("linf") == ThreatModel("linf", None, (0.0, 1.0), False)
     assert len({ThreatModel("linf", 0.1), ThreatModel("linf", 0.1, bounds=(0, 1))}) == 1
+
+
+def test_a_radius_is_a_number():
+    assert ThreatModel("linf", np.float32(0.5)).eps == 0.5
+    with pytest.raises(ThreatError, match=r"expected eps to be a number, got '8/255'; write 8 / 255 without quotes"):
+        ThreatModel("linf", "8/255")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("eps", [-1e-9, float("nan"), float("inf")])

@@ -18,12 +18,19 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+_OUT = (64, 128, 256, 256, 512, 512, 512, 512)
+_IN = (3, *_OUT[:-1])
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "count"),
     [
         ("robplug/digits-cnn", (1, 8, 8), (9 + 1) * 16 + (16 * 9 + 1) * 32 + (512 + 1) * 10),
         ("robplug/lenet", (1, 28, 28), 61_706),  # LeCun et al. count 60,000 with C3 partly connected
         ("robplug/resnet20", (3, 32, 32), 269_722),  # "0.27M" in He et al. 2016, table 6
+        # 9 * in * out weights, out biases, 2 * out of batch norm, for each convolution
+        ("robplug/vgg11", (3, 32, 32), sum(9 * i * o + 3 * o for i, o in zip(_IN, _OUT, strict=True)) + 5130),
+        ("robplug/resnet18", (3, 32, 32), 11_173_962),  # the common count for CIFAR-10
     ],
 )
 def test_sizes(name: str, shape: tuple[int, ...], count: int) -> None:

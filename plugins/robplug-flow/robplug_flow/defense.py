@@ -17,7 +17,7 @@ from robplug.step import Step, attacking, untouched_buffers
 from robplug.types import ThreatModel
 from robplug_flow.attack import flow_problem
 from robplug_flow.difference import flow_gradient_difference
-from robplug_flow.kernels.ops import flow_gradient_penalty
+from robplug_flow.kernels.ops import flow_gradient_penalty, warp
 from robplug_flow.units import UNITS, Unit, check_images, pixels_per_unit
 
 Normalisation = Literal["sample", "paper"]
@@ -143,6 +143,34 @@ class DeformationTraining(Defense):
         # with no step, Steps says what is wrong
         size = self.eps / max(self.steps, 1) if self.step_size is None else self.step_size
         return Steps(self.steps, size, random_start=self.random_start, early_stop=False)
+
+
+@dataclass(frozen=True)
+class RandomFlow(Defense):
+    """Moves every pixel of every training image by a normally distributed flow, drawn anew in each step.
+
+    Source: the flow-gradient paper's released code; the paper does not mention it.
+
+    Attributes:
+        sigma: standard deviation along each axis.
+        unit: of sigma: ``"normalized"`` as there, or ``"pixel"``.
+    """
+
+    sigma: float = 0.01
+    unit: Unit = "normalized"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < float("inf"):
+            raise InputError("a finite sigma >= 0", self.sigma)
+        _check_choice("unit", self.unit, UNITS)
+
+    def augment(self, step: Step) -> Tensor:
+        """Returns the moved images, (N, C, H, W)."""
+        check_images(step.x)
+        size = step.x.shape[2:]
+        kappas = torch.tensor(pixels_per_unit(self.unit, *size), dtype=step.x.dtype, device=step.x.device)
+        flow = step.rng.normal((2, *size), like=step.x) * (self.sigma * kappas.view(2, 1, 1))
+        return warp(step.x, flow)
 
 
 def fgr(model: nn.Module, x: Tensor, y: Tensor, strength: float = 400 / 128**2, **options: object) -> Tensor:

@@ -126,4 +126,12 @@ def robplug_defenses() -> list[DefenseSpec]:
             params={"eps": 0.01, "norm": "flow-normalized", "steps": 7, "step_size": None, "random_start": False},
             pieces=("objective",),
         ),
+        DefenseSpec(
+            name="flow/random-flow",
+            make="robplug_flow.defense:RandomFlow",
+            summary="a random flow on every training image",
+            source="the authors' code",
+            params={"sigma": 0.01, "unit": "normalized"},
+            pieces=("augment",),
+        ),
     ]

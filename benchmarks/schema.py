@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata as metadata
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -74,11 +76,28 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def keep_heap() -> str:
+    """Tells glibc's malloc to keep the memory that is freed, and returns what was done, for the settings of a result.
+
+    Else it goes back to the kernel and is fetched again, page by page, at every step: up to a tenth of a step's time,
+    for one contender or another as the heap happens to lie. To be called before the first tensor.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or platform.libc_ver()[0] != "glibc":
+        return "as the system does"
+    trim_threshold, mmap_max = -1, -4
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_max, 0)
+    return "freed memory is kept"
+
+
 def timed(contenders: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Times contenders side by side, in turn, so that a change of the machine's speed meets all of them alike."""
+    """Times contenders side by side, round by round in a new order, so that no one always has the same predecessor."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = np.random.default_rng(0)
     for round_ in range(warmup + repeats):
-        for name, run in contenders.items():
+        for name in order.permutation(list(contenders)).tolist():
+            run = contenders[name]
             start = time.perf_counter()
             run()
             if torch.cuda.is_available():

@@ -62,8 +62,53 @@ class _Saved:
     grad: Tensor | None
 
 
+_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+"""What a module holds: objects that may be replaced, added or left behind."""
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+    held: dict[str, dict[str, object]]
+    callables: dict[str, object]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> _Part:
+        held = {held: dict(getattr(module, held)) for held in _HELD}
+        return cls(name or "the model", module, type(module), held, _callables(module))
+
+    def restore(self) -> list[str]:
+        changes = []
+        if type(self.module) is not self.kind:
+            changes.append(f"class of {self.name}")
+            self.module.__class__ = self.kind
+        callables, attributes = _callables(self.module), vars(self.module)
+        for key in {**callables, **self.callables}:
+            if callables.get(key) is not self.callables.get(key):
+                changes.append(f"attribute {key} of {self.name}")
+                attributes.pop(key, None)
+        attributes.update(self.callables)
+        for held, before in self.held.items():
+            now = attributes[held]
+            if list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
+                changes.append(f"{held.strip('_').replace('_', ' ')} of {self.name}")
+                now.clear()
+                now.update(before)
+        return changes
+
+
+def _callables(module: nn.Module) -> dict[str, object]:
+    return {key: value for key, value in vars(module).items() if callable(value)}
+
+
 class ModuleState:
-    """The modes, parameters, buffers, ``requires_grad`` and ``.grad`` of a module at one moment.
+    """What a module is and holds at one moment, and the hooks of all modules.
+
+    Of each part: class, mode, parameters, buffers, parts, hooks, and callable attributes, such as a ``forward`` that
+    was put in front of the class's; of each tensor: value, ``requires_grad`` and ``.grad``.
 
     Args:
         module: looked at now, and put back by `restore`.
@@ -72,9 +117,8 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._modes = {name: part.training for name, part in module.named_modules()}
-        self._parts = [
-            (name, part, [dict(getattr(part, held)) for held in _HELD]) for name, part in module.named_modules()
-        ]
+        self._parts = [_Part.of(name, part) for name, part in module.named_modules()]
+        self._global_hooks = {name: dict(getattr(torch.nn.modules.module, name)) for name in _GLOBAL_HOOKS}
         named = (*module.named_parameters(), *module.named_buffers())
         self._saved = {
             name: _Saved(tensor, tensor.detach().clone(), tensor.requires_grad, _copy(tensor.grad))
@@ -87,7 +131,7 @@ class ModuleState:
         Returns:
             What had changed, such as ``"buffer or parameter bn.running_mean"``; empty if nothing had.
         """
-        changes = self._restore_parts()
+        changes = [change for part in self._parts for change in part.restore()] + self._restore_global_hooks()
         for name, part in self._module.named_modules():
             if part.training != self._modes.get(name, part.training):
                 changes.append(f"mode of {name or 'the model'}")
@@ -96,20 +140,15 @@ class ModuleState:
             changes += _restore_tensor(name, saved)
         return changes
 
-    def _restore_parts(self) -> list[str]:
+    def _restore_global_hooks(self) -> list[str]:
         changes = []
-        for name, part, saved in self._parts:
-            for held, before in zip(_HELD, saved, strict=True):
-                now = getattr(part, held)
-                if list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
-                    changes.append(f"{held.strip('_').replace('_', ' ')} of {name or 'the model'}")
-                    now.clear()
-                    now.update(before)
+        for name, before in self._global_hooks.items():
+            now = getattr(torch.nn.modules.module, name)
+            if dict(now) != before:
+                changes.append(f"hooks of all modules ({name.strip('_').replace('_', ' ')})")
+                now.clear()
+                now.update(before)
         return changes
-
-
-_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-"""What a module holds: objects that may be replaced, added or left behind."""
 
 
 def _restore_tensor(name: str, saved: _Saved) -> list[str]:

@@ -184,9 +184,37 @@ def leave_a_hook(module: nn.Module) -> None:
     out.register_forward_hook(lambda part, inputs, output: output * 0)
 
 
+def the_net(module: nn.Module) -> Net:
+    return next(part for part in module.modules() if isinstance(part, Net))
+
+
+class Blind(Net):
+    """Sees nothing and calls everything class 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0
+
+
+def put_a_forward_in_front(module: nn.Module) -> None:
+    the_net(module).forward = lambda x: torch.zeros(len(x), 3)  # type: ignore[method-assign]
+
+
+def change_the_class(module: nn.Module) -> None:
+    the_net(module).__class__ = Blind
+
+
+def hook_all_modules(module: nn.Module) -> None:
+    nn.modules.module.register_module_forward_hook(
+        lambda part, inputs, output: output * 0 if isinstance(part, Net) else output
+    )
+
+
 @pytest.mark.parametrize(
     ("mischief", "note"),
     [
+        (put_a_forward_in_front, "attribute forward of"),
+        (change_the_class, "class of"),
+        (hook_all_modules, "hooks of all modules"),
         (mutate_weights, "parameter"),
         (mutate_in_place, "parameter"),
         (mutate_buffers, "running_mean"),
@@ -200,6 +228,9 @@ def leave_a_hook(module: nn.Module) -> None:
         (lambda module: random.seed(1), "random numbers"),
     ],
     ids=[
+        "forward",
+        "class",
+        "all-hooks",
         "data",
         "in-place",
         "buffers",

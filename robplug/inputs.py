@@ -33,6 +33,8 @@ def check_batch(target: Target, x: Tensor, y: Tensor | None, threat: ThreatModel
 
 
 def _check_samples(target: Target, x: Tensor, bounds: tuple[float, float]) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError("x to be a tensor", type(x).__name__, "torch.from_numpy makes one of an array")
     if not x.is_floating_point():
         remedy = "convert the images to float and scale them to the bounds"
         raise InputError("x of a floating-point dtype", f"{x.dtype}", remedy)
@@ -49,6 +51,8 @@ def _check_samples(target: Target, x: Tensor, bounds: tuple[float, float]) -> No
 
 
 def _check_labels(target: Target, x: Tensor, labels: Tensor, name: str) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise InputError(f"{name} to be a tensor", type(labels).__name__, "torch.from_numpy makes one of an array")
     if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         remedy = "pass class numbers"
         raise InputError(

@@ -53,7 +53,7 @@ class Registry:
         """
         spec = self._specs[kind].get(name)
         if spec is None:
-            near = difflib.get_close_matches(name, self._specs[kind], n=3)
+            near = difflib.get_close_matches(name.lower(), self._specs[kind], n=3)
             raise UnknownNameError(kind, name, near, self._why_missing(name))
         return spec
 
@@ -118,9 +118,13 @@ class Registry:
         if not fitting:
             norms = sorted({norm for spec in own for norm in spec.norms})
             has = f"only for {', '.join(norms)}" if norms else "not at all"
-            known = any(spec.origin == library for spec in self.specs("attack"))
-            why = "" if known else f"; {self._why_missing(library) or 'no plugin of that name is installed'}"
-            raise PlanError("", f"{library} has the attack {canonical!r} {has}, and the threat is {threat.norm}{why}")
+            known = {spec.origin for spec in self.specs("attack")}
+            if library not in known:
+                near = difflib.get_close_matches(library.lower(), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+                missing = self._why_missing(library) or f"no plugin of that name is installed; {hint}"
+                raise PlanError("", f"no attacks of {library!r}: {missing}")
+            raise PlanError("", f"{library} has the attack {canonical!r} {has}, and the threat is {threat.norm}")
         spec = fitting[0]
         if spec.harmonise is None:
             return spec, dict(vars(settings))
@@ -165,7 +169,7 @@ def canonical_settings(canonical: str, params: dict[str, Any]) -> Any:
     from robplug.canonical import CANONICAL
 
     if canonical not in CANONICAL:
-        near = difflib.get_close_matches(canonical, CANONICAL, n=3)
+        near = difflib.get_close_matches(canonical.lower(), CANONICAL, n=3)
         raise UnknownNameError("attack", canonical, near)
     names = list(inspect.signature(CANONICAL[canonical]).parameters)
     for key in params:

@@ -123,7 +123,8 @@ def load_train_plan(path: str | Path) -> TrainPlan:
     try:
         return TrainPlan.model_validate(content)
     except ValidationError as error:
-        raise PlanError(str(path), problems(error, {"": TrainPlan, "dataset": TrainingData})) from None
+        other = "; this looks like a plan of attacks: robplug run runs it" if "targets" in content else ""
+        raise PlanError(str(path), problems(error, {"": TrainPlan, "dataset": TrainingData}) + other) from None
 
 
 def run_train_plan(path: str | Path, progress: bool = True) -> Path:

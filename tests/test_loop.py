@@ -166,6 +166,8 @@ def test_bad_input_is_named() -> None:
     rng = Rng(0, range(2))
     cases = [
         ((x.mul(255).byte(), y, threat), InputError, "torch.uint8"),
+        ((x.numpy(), y, threat), InputError, r"x to be a tensor, got ndarray; torch\.from_numpy"),
+        ((x, y.tolist(), threat), InputError, "y to be a tensor, got list"),
         ((x + 1, y, threat), InputError, "inside the bounds"),
         ((x * float("nan"), y, threat), InputError, "nan"),
         ((x, y[:1], threat), InputError, r"shape \(2,\)"),

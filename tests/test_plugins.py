@@ -19,7 +19,7 @@ import torch
 from robplug import hookspecs
 from robplug.errors import InputError, RobplugError, UnknownNameError
 from robplug.plugins import Plugin, load
-from robplug.registry import KINDS, Registry, check_params, resolve_path
+from robplug.registry import KINDS, Registry, canonical_settings, check_params, resolve_path
 from robplug.testing.checks import checks_for
 from robplug.testing.run import Check, CheckResult
 from robplug.types import Attack, AttackSpec, DefenseSpec, Spec, ThreatModel
@@ -263,9 +263,7 @@ def test_what_else_a_disabled_plugin_has_is_answered_with_the_reason(site):
 def test_a_plan_for_a_broken_plugin_says_why_it_is_not_there(site):
     site("robplug-flow", "1 / 0")
 
-    with pytest.raises(
-        RobplugError, match=r"flow has the attack 'pgd' not at all.*robplug-flow .* is disabled: import"
-    ):
+    with pytest.raises(RobplugError, match=r"no attacks of 'flow': robplug-flow .* is disabled: import"):
         Registry(load()).harmonised("pgd", "flow", {}, ThreatModel("l2", 1))
 
 
@@ -273,6 +271,8 @@ def test_a_spelling_mistake_is_answered_with_near_names():
     with pytest.raises(UnknownNameError, match=r"no attack named 'robplug/pdg'; did you mean .*robplug/pgd") as caught:
         Registry(load()).attack("robplug/pdg")
     assert "robplug/pgd" in caught.value.near
+    with pytest.raises(UnknownNameError, match="no attack named 'PGD'; did you mean pgd"):
+        canonical_settings("PGD", {})
     assert caught.value.reason == ""
 
 
@@ -307,9 +307,7 @@ def test_a_canonical_attack_that_a_library_lacks_is_refused_with_what_it_has():
         registry.harmonised("pgd", "robplug", {}, ThreatModel("l0", 3))
     with pytest.raises(RobplugError, match="robplug has the attack 'deepfool' not at all"):
         registry.harmonised("deepfool", "robplug", {}, ThreatModel("l2", 1))
-    with pytest.raises(
-        RobplugError, match=r"cleverhans has the attack 'pgd' not at all.*no plugin of that name is installed"
-    ):
+    with pytest.raises(RobplugError, match=r"no attacks of 'cleverhans': no plugin of that name .* there are art, "):
         registry.harmonised("pgd", "cleverhans", {}, ThreatModel("l2", 1))
     spec, params = registry.harmonised("pgd", "robplug", {"steps": 3}, ThreatModel("l2", 1))
     assert (spec.name, params["steps"], params["random_start"]) == ("robplug/pgd", 3, True)

@@ -122,6 +122,7 @@ def test_augmented_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
         (("steps = 1", "step = 1"), r"defenses: expected a parameter of robplug/at, got 'step'; did you mean steps\?"),
         (("robplug/digits-cnn", "robplug/digit-cnn"), r"no target named 'robplug/digit-cnn'; did you mean"),
         (("[dataset]", "[dataset"), "is not valid TOML"),
+        (("epochs", "targets"), "looks like a plan of attacks: robplug run runs it"),
     ],
 )
 def test_unfit_plans_are_refused(tmp_path: Path, change: tuple[str, str], says: str) -> None:

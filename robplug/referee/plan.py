@@ -204,7 +204,8 @@ def load_plan(source: Mapping[str, Any] | str | Path) -> tuple[Plan, str]:
             "datasets": DatasetEntry,
             "threats": ThreatEntry,
         }
-        raise PlanError(where, problems(error, tables)) from None
+        other = "; this looks like a training plan: robplug train runs it" if "model" in content else ""
+        raise PlanError(where, problems(error, tables) + other) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -69,6 +69,27 @@ def _plain_smoothness(flow: Tensor, neighbours: str) -> Tensor:
     return total
 
 
+def _plain_steps(
+    loss: Callable[[Tensor], Tensor], x: Tensor, eps: float, sides: tuple[float, float], steps: int
+) -> Tensor:
+    """The paper's equation 2 with a flow: from no flow, steps of eps / steps along the sign, each clamped to eps.
+
+    A flow may come back to 0, where the side of the rounding counts: steps are added in one operation, as in a loop.
+    """
+    unit = torch.tensor(sides, dtype=x.dtype).view(2, 1, 1)
+    flow = torch.zeros(len(x), 2, *x.shape[2:], dtype=x.dtype)
+    for _ in range(steps):
+        flow.requires_grad_()
+        (slope,) = torch.autograd.grad(loss(_plain_warp(x, flow)), flow)
+        flow = flow.detach().add(slope.sign() * unit, alpha=eps / steps).clamp(-eps * unit, eps * unit)
+    return flow
+
+
+@pytest.fixture
+def plain_steps() -> Callable[..., Tensor]:
+    return _plain_steps
+
+
 @pytest.fixture
 def plain_warp() -> Callable[..., Tensor]:
     return _plain_warp

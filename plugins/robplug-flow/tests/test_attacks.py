@@ -6,6 +6,7 @@ function has its extremes at the corners of the cells: nine displacements per pi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,18 @@ def test_single_step_is_the_sign_of_the_forward_differences() -> None:
     right[..., :-1] = x[..., 1:] - x[..., :-1]
     slope = torch.stack([(down * weight).sum(1), (right * weight).sum(1)], dim=1)
     torch.testing.assert_close(found.witness, 0.3 * slope.sign())
+
+
+@pytest.mark.parametrize(("norm", "sides"), [("flow", (1.0, 1.0)), ("flow-normalized", (1.5, 2.0))])
+def test_multi_step_is_the_papers_iteration(
+    norm: str, sides: tuple[float, float], plain_steps: Callable[..., Tensor]
+) -> None:
+    """Steps of 1/8: they are exact, so that a flow which comes back to a kink stands on it in any precision."""
+    x, weight = torch.rand(3, 2, 4, 5), torch.randn(2, 4, 5)
+    model = Linear(weight, 30.0)  # beyond reach, so that all steps are made
+    found = attack_on(model, MultiStep(steps=6, restarts=1), x, torch.zeros(3, dtype=torch.int64), 0.75, norm)
+    flow = plain_steps(lambda moved: (moved * weight).sum(), x.double(), 0.75, sides, 6)
+    assert torch.equal(found.witness.double(), flow)
 
 
 def digits(count: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -183,6 +196,27 @@ class Recorder(nn.Module):
         return self.module(x)
 
 
+def last_lead(**options: object) -> float:
+    """Returns the lead where stAdv ends; it is v1 - v2 - 0.8, of pixels 1 and 2 of a ramp of four."""
+    x, model = torch.arange(4.0).view(1, 1, 1, 4) / 3, Recorder(Linear(torch.tensor([0.0, 3.0, -3.0, 0.0]), -0.2))
+    attack_on(model, StAdv(kappa=0.1, optimizer="lbfgs", steps=40, **options), x, torch.tensor([0]), None)
+    return float(margin(model.module(model.seen[-1]), torch.tensor([0])))
+
+
+@pytest.mark.parametrize(("unit", "critical"), [("pixel", 0.5), ("normalized", 0.75)])
+def test_stadv_balances_lead_and_roughness(unit: str, critical: float) -> None:
+    """Where the lead rises by 1, the flow loss, which has each pair twice, rises by 2 (4/3 as a unit is 1.5 pixels).
+
+    If that is more than is gained, all pixels move alike; if it is less, the pull ends at a lead of kappa.
+    """
+    assert last_lead(tau=1.2 * critical, unit=unit) == pytest.approx(-0.8, abs=2e-3)
+    assert last_lead(tau=0.7 * critical, unit=unit) == pytest.approx(0.1, abs=2e-3)
+
+
+def test_stadv_with_diagonal_neighbours_has_no_flow_loss_in_one_row() -> None:
+    assert last_lead(tau=100.0, neighbours="diagonal") >= 0.1
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "lbfgs"])
 def test_stadv_keeps_the_smoothest_of_all_flows_that_break(optimizer: str) -> None:
     model, x, y = digits(1)
@@ -232,6 +266,12 @@ def test_gradient_free_comes_near_the_gradient_attacks() -> None:
     model, x, y = digits(40)
     free, multi = (breaks(model, attack_on(model, a, x, y, 0.4), y) for a in (GradientFree(queries=1000), MultiStep()))
     assert 0.6 * multi.sum() <= free.sum()
+
+
+def test_gradient_free_with_a_flow_loss_finds_smoother_flows() -> None:
+    model, x, y = digits(20)
+    plain, smooth = (attack_on(model, GradientFree(queries=401, tau=tau), x, y, 0.2) for tau in (0.0, 10.0))
+    assert flow_smoothness(smooth.witness).mean() < 0.75 * flow_smoothness(plain.witness).mean()
 
 
 @pytest.mark.parametrize("attack", QUICK, ids=lambda attack: type(attack).__name__)

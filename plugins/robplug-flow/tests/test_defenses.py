@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,10 +15,15 @@ import robplug
 from robplug.defenses import Stack
 from robplug.errors import InputError
 from robplug.rng import Rng
-from robplug.step import Step
+from robplug.step import Step, current_pass
 from robplug.zoo import digits_cnn
 from robplug_flow import fgr, to_pixels, warp
-from robplug_flow.defense import DeformationTraining, FlowGradientRegularization, InputGradientRegularization
+from robplug_flow.defense import (
+    DeformationTraining,
+    FlowGradientRegularization,
+    InputGradientRegularization,
+    RandomFlow,
+)
 
 SHAPE = (2, 6, 5)
 
@@ -158,6 +164,23 @@ def test_differenced_gradient_has_the_exact_length() -> None:
     torch.testing.assert_close(other.norm(), one.norm(), rtol=5e-3, atol=0)
 
 
+def test_the_second_pass_is_displaced_as_the_formula_says() -> None:
+    """By h u, u_c = kappa_row^2 r D_row x_c + kappa_col^2 s D_col x_c; r and s are the flow gradient in pixels."""
+    model, (x, y) = network(nn.SiLU).double().eval(), batch(dtype=torch.float64)
+    x = x * torch.tensor([1.0, 0.1, 2.0, 0.5]).view(-1, 1, 1, 1)
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    FlowGradientRegularization(gradient="difference", rho=0.01).penalty(a_step(model, x, y))
+    assert len(seen) == 2 and torch.equal(seen[0], x)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    down, right = F.pad(x[:, :, 1:] - x[:, :, :-1], (0, 0, 0, 1)), F.pad(x[..., 1:] - x[..., :-1], (0, 1))
+    r, s = ((g * change).sum(1, keepdim=True) for change in (down, right))
+    u = 2.5**2 * r * down + 2.0**2 * s * right  # 6 rows, 5 columns
+    h = 0.01 * x.flatten(1).norm(dim=1).mean() / u.flatten(1).norm(dim=1).square().mean().sqrt()
+    torch.testing.assert_close(seen[1] - x, h * u, rtol=1e-4, atol=1e-8)  # the loss is float32
+
+
 def test_differenced_gradient_of_relu_is_another_estimator() -> None:
     _, _, cosine = both(network(nn.ReLU).train(), *batch(16), rho=1e-2)
     assert 0.3 < cosine < 0.999
@@ -217,7 +240,100 @@ def test_deformation_training_of_a_linear_model_is_the_closed_form() -> None:
     torch.testing.assert_close(loss, F.cross_entropy(model(warp(x, flow)), y))
 
 
-@pytest.mark.parametrize("stack", [["flow/adt", "flow/fgr"], ["robplug/at", "flow/fgr"], ["flow/adt", "flow/igr"]])
+def test_deformation_training_is_the_papers_iteration_on_the_network_in_eval_mode(
+    plain_steps: Callable[..., Tensor], plain_warp: Callable[..., Tensor]
+) -> None:
+    """Seven steps inside a budget of 0.01 half sides; the loss is that of the network in train mode, asked once."""
+    model, (x, y) = network(nn.Tanh, 0.5).double().train(), batch(dtype=torch.float64)
+    other = copy.deepcopy(model).eval()
+    kinds: list[str] = []
+    model.register_forward_pre_hook(lambda module, args: kinds.append(current_pass()))
+    torch.manual_seed(2)
+    loss = DeformationTraining().objective(step := a_step(model, x, y))
+    assert kinds == 7 * ["attacker"] + ["evaluation"]  # "update" inside of a training loop
+    flow = plain_steps(lambda moved: F.cross_entropy(other(moved), y, reduction="sum"), x, 0.01, (2.5, 2.0), 7)
+    assert flow.abs().amax() == 0.025 and flow.abs().unique().numel() > 4  # not only corners of the budget
+    torch.testing.assert_close(step.x_adv, plain_warp(x, flow))
+    torch.manual_seed(2)
+    expected = F.cross_entropy(other.train()(step.x_adv), y)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)  # the loss is float32
+    assert all(torch.equal(*pair) for pair in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def ramps(count: int) -> Tensor:
+    """Images of 41 x 31 whose channels are row and column: a warp adds the flow to them, but for the edges."""
+    return (
+        torch.stack(torch.meshgrid(torch.arange(41.0), torch.arange(31.0), indexing="ij"))
+        .double()
+        .repeat(count, 1, 1, 1)
+    )
+
+
+def revealed(x: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the flow of moved ramps, by axis, where it does not reach an edge."""
+    return tuple((moved - x)[:, :, 6:-6, 6:-6].unbind(1))
+
+
+def test_deformation_training_from_a_random_start_begins_anywhere_in_the_budget() -> None:
+    x, model = ramps(8), nn.Sequential(nn.Flatten(), nn.Linear(2 * 41 * 31, 2)).double()
+    step = Step(model, x, torch.zeros(8, dtype=torch.int64), Rng(0, range(8)), bounds=(0.0, 40.0))
+    DeformationTraining(0.1, steps=1, step_size=0.0, random_start=True).objective(step)
+    for flow, radius in zip(revealed(x, step.x_adv), (2.0, 1.5), strict=True):
+        assert 0.99 * radius < flow.abs().max() <= radius * (1 + 1e-6)
+        assert float(flow.std()) == pytest.approx(radius / 3**0.5, rel=0.03) and abs(flow.mean()) < 0.03 * radius
+
+
+@pytest.mark.parametrize(("unit", "sigma", "pixels"), [("normalized", 0.06, (1.2, 0.9)), ("pixel", 0.8, (0.8, 0.8))])
+def test_random_flows_are_normal_and_independent(unit: str, sigma: float, pixels: tuple[float, float]) -> None:
+    x = ramps(16)
+    moved = RandomFlow(sigma, unit).augment(a_step(nn.Identity(), x, torch.zeros(16)))
+    down, right = revealed(x, moved)
+    for flow, std in ((down, pixels[0]), (right, pixels[1])):
+        assert float(flow.std()) == pytest.approx(std, rel=0.03) and abs(flow.mean()) < 0.03 * std
+        assert float((flow.abs() < std).double().mean()) == pytest.approx(0.683, abs=0.015)  # of a uniform flow, 0.577
+        assert abs((flow[:, 1:] * flow[:, :-1]).mean()) < 0.04 * std**2
+        assert abs((flow[:, :, 1:] * flow[:, :, :-1]).mean()) < 0.04 * std**2
+    assert abs((down * right).mean()) < 0.04 * pixels[0] * pixels[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_random_flows_of_no_size_leave_the_images_bit_for_bit(dtype: torch.dtype) -> None:
+    x, y = batch(dtype=dtype)
+    moved = RandomFlow(0.0).augment(a_step(nn.Identity(), x, y))
+    assert moved.dtype == dtype and torch.equal(moved, x)
+    assert not torch.equal(RandomFlow().augment(a_step(nn.Identity(), x, y)), x)
+
+
+def test_random_flows_are_a_samples_own_and_drawn_anew_in_each_step() -> None:
+    x, y = batch(2)
+    defense, model = RandomFlow(0.1), nn.Identity()
+    company = defense.augment(step := Step(model, x, y, Rng(0, [3, 7])))
+    assert torch.equal(defense.augment(Step(model, x[1:], y[1:], Rng(0, [7]))), company[1:])
+    again = defense.augment(step)
+    other = defense.augment(Step(model, x, y, Rng(1, [3, 7])))
+    assert not torch.equal(company, again) and not torch.equal(company, other)
+    seen: list[Tensor] = []
+    model = digits_cnn()
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    robplug.train(model, robplug.dataset("digits", split="train").head(1), "flow/random-flow", epochs=3, batch_size=1)
+    assert len({tuple(images.flatten().tolist()) for images in seen}) == len(seen) == 3
+
+
+def test_random_flows_move_what_the_rest_of_a_stack_sees() -> None:
+    model, (x, y) = network(nn.Tanh).eval(), batch()
+    defenses = [robplug.defense("flow/random-flow", sigma=0.1), robplug.defense("flow/fgr", strength=0.7)]
+    stack = Stack(defenses)
+    stack.prepare(model)
+    losses = stack.losses(a_step(model, x, y))
+    moved = RandomFlow(0.1).augment(a_step(model, x, y))
+    torch.testing.assert_close(losses.objective, F.cross_entropy(model(moved), y).detach())
+    expected = 0.7 * explicit_penalty(model, moved, y, "normalized").detach()
+    torch.testing.assert_close(losses.penalties["FlowGradientRegularization"], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "stack", [["flow/adt", "flow/fgr"], ["robplug/at", "flow/fgr"], ["flow/random-flow", "flow/adt", "flow/igr"]]
+)
 def test_stacks_train_on_digits(stack: list[str]) -> None:
     data = robplug.dataset("digits", split="train").head(64)
     torch.manual_seed(0)
@@ -267,6 +383,10 @@ def test_the_art_trainer_takes_the_defences() -> None:
         (lambda: InputGradientRegularization(float("nan")), "expected a finite strength >= 0, got nan"),
         (lambda: DeformationTraining(eps=-0.1), "expected eps >= 0"),
         (lambda: DeformationTraining(steps=0), "expected steps >= 1, got 0"),
+        (lambda: RandomFlow(-0.1), "expected a finite sigma >= 0, got -0.1"),
+        (lambda: RandomFlow(float("inf")), "expected a finite sigma >= 0, got inf"),
+        (lambda: RandomFlow(float("nan")), "expected a finite sigma >= 0, got nan"),
+        (lambda: RandomFlow(unit="px"), "expected unit to be pixel or normalized, got 'px'"),
     ],
 )
 def test_parameters_are_checked(make, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -278,3 +398,5 @@ def test_samples_without_rows_and_columns_are_refused() -> None:
     model, y = nn.Linear(7, 2), torch.tensor([0, 1])
     with pytest.raises(InputError, match=r"expected images of shape \(N, C, H, W\), got \(2, 7\)"):
         fgr(model, torch.rand(2, 7), y)
+    with pytest.raises(InputError, match=r"expected images of shape \(N, C, H, W\), got \(2, 7\)"):
+        RandomFlow().augment(a_step(model, torch.rand(2, 7), y))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
@@ -79,6 +80,15 @@ def test_units_and_metrics_by_hand() -> None:
     assert to_pixels(paper)[0, 0, 0, 0] == pytest.approx(0.155)
     thin = torch.ones(1, 2, 1, 4)
     assert to_normalized(thin)[0, 0].isinf().all() and to_normalized(0 * thin).eq(0).all()
+
+
+def test_a_normalised_flow_moves_the_grid_of_torch_by_as_much() -> None:
+    """The paper's coordinates; such a grid has the columns first."""
+    x, flow = images(2, 3, 6, 9, dtype=torch.float64), flows(2, 6, 9, 0.4).double()
+    still = F.affine_grid(torch.eye(2, 3, dtype=torch.float64).expand(2, 2, 3), list(x.shape), align_corners=True)
+    grid = still + flow.flip(1).permute(0, 2, 3, 1)
+    expected = F.grid_sample(x, grid, padding_mode="border", align_corners=True)
+    torch.testing.assert_close(warp(x, to_pixels(flow)), expected, rtol=0, atol=1e-12)
 
 
 def test_the_norms_measure_total_variation_in_their_own_unit() -> None:

@@ -23,6 +23,9 @@ from robplug.types import Perturbed
 Loss = Callable[[Tensor, Tensor], Tensor]
 Transform = Callable[[Tensor, Rng], Tensor]
 
+ROUNDING = 2.0**-16
+"""A lead below this share of the largest logit may be lost where another batch size adds in another order."""
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the (N,) cross-entropies; an attack raises it (lowers it towards a goal)."""
@@ -34,6 +37,15 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None])
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.amax(1) - own[:, 0]
+
+
+def lead(logits: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
+    """Returns (N,) by how much the attack is ahead in logits, and (N,) the lead from which on that is sure.
+
+    Untargeted, it is the largest other logit minus the label's; targeted, the goal's minus the largest other.
+    """
+    ahead = margin(logits, labels)
+    return -ahead if targeted else ahead, ROUNDING * logits.detach().abs().amax(1)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from robplug.attacks import make_problem, radius
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem, Steps, ascend, margin
+from robplug.loop import Problem, Steps, ascend
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
 from robplug_flow.norm import FlowBall
 
 NORMS = ("flow", "flow-normalized")
-ROUNDING = 2.0**-16
-"""A lead below this share of the largest logit may be lost where another batch size adds in another order."""
 
 
 def flow_problem(
@@ -43,15 +41,6 @@ def flow_problem(
         remedy = "flow/gradient-free needs scores only"
         raise ThreatError(f"expected a target with gradients, got one with {target.offers}; {remedy}")
     return make_problem(target, x, y, threat, rng, y_goal)
-
-
-def lead(logits: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
-    """Returns (N,) by how much the attack is ahead in logits, and (N,) the lead from which on that is sure.
-
-    Untargeted, it is the largest other logit minus the label's; targeted, the goal's minus the largest other.
-    """
-    ahead = margin(logits, labels)
-    return -ahead if targeted else ahead, ROUNDING * logits.detach().abs().amax(1)
 
 
 @dataclass(frozen=True)

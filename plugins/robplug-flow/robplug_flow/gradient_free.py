@@ -10,11 +10,11 @@ from torch import Tensor
 
 from robplug.attacks import radius
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem
+from robplug.loop import Problem, lead
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
-from robplug_flow.attack import flow_problem, lead
+from robplug_flow.attack import flow_problem
 from robplug_flow.kernels.ops import flow_smoothness
 from robplug_flow.norm import FlowBall
 from robplug_flow.units import to_normalized

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem
+from robplug.loop import Problem, lead
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
-from robplug_flow.attack import flow_problem, lead
+from robplug_flow.attack import flow_problem
 from robplug_flow.kernels.ops import flow_smoothness
 from robplug_flow.kernels.reference import SOFTENING
 from robplug_flow.units import UNITS, Unit, pixels_per_unit
@@ -187,7 +187,7 @@ class _Best:
 
     Attributes:
         flow: (N, 2, H, W).
-        lead: (N,) as `robplug_flow.attack.lead` has it.
+        lead: (N,) as `robplug.loop.lead` has it.
         roughness: (N,) infinite where no flow breaks the sample.
         broken: (N,) bool.
     """

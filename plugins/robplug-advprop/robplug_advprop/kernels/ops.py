@@ -1,0 +1,169 @@
+"""The kernels as PyTorch operators: schema, checks, shapes, devices and derivatives.
+
+The reference runs on every device but CUDA, where the Triton kernels do. Each check is one function that serves both
+the implementation and the fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from robplug_advprop.kernels import checks, reference
+
+Rows = Tensor | Sequence[Tensor]
+Momentum = float | Tensor
+
+
+def mixture_batch_norm(
+    x: Tensor,
+    sizes: Sequence[int],
+    weight: Rows | None = None,
+    bias: Rows | None = None,
+    running_mean: Rows | None = None,
+    running_var: Rows | None = None,
+    momentum: Momentum | Sequence[Momentum] = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> Tensor:
+    """Normalises consecutive groups of a batch, each by its own statistics: batch norm in training, K times at once.
+
+    Convention:
+        Order: the first sizes[0] samples are group 0, the next sizes[1] group 1, and so on.
+        Variance: biased where it normalises, unbiased in the running statistics, as `torch.nn.functional.batch_norm`.
+        Running statistics: updated in place, running + momentum * (batch - running), each group its own.
+
+    Args:
+        x: (N, C, ...), float16, bfloat16, float32 or float64, any strides; channels_last stays.
+        sizes: samples of each of the K groups; they add up to N.
+        weight: (K, C), or K tensors (C,); None means 1.
+        bias: likewise; None means 0.
+        running_mean: (K, C), or K tensors (C,), updated in place; None where none are kept.
+        running_var: likewise.
+        momentum: one for all groups, or one for each; a tensor of one value is not read on the host.
+        eps: added to each variance.
+        relu: whether a ReLU follows.
+
+    Returns:
+        (N, C, ...) with the dtype and strides of x; computed in float32, or float64 for a float64 x.
+
+    Differentiable: in x, weight and bias; once by hand, any number of times through the reference.
+
+    Raises:
+        TypeError: x is not of a floating dtype.
+        ValueError: sizes, shapes or devices do not fit, or a group has fewer than two values a channel.
+
+    Source: Xie et al. 2020, Adversarial Examples Improve Image Recognition, section 4 (auxiliary batch norm).
+    """
+    checks.groups(x, sizes)
+    shape, dtype = (len(sizes), x.shape[1]), reference.accumulator(x)
+    scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
+    shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
+    out: Tensor
+    out, mean, var = _mixture(x, scale, shift, sizes, eps, relu)
+    shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
+    for running, batch in ((running_mean, mean), (running_var, var)):
+        if running is not None:
+            _update(running, batch, shares)
+    return out
+
+
+def _stacked(rows: Rows) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.stack(tuple(rows))
+
+
+@torch.no_grad()
+def _update(running: Rows, batch: Tensor, momentum: Sequence[Momentum]) -> None:
+    """Moves each running statistic towards that of the batch, in place."""
+    for row, value, share in zip(running, batch, momentum, strict=True):
+        row.lerp_(value.to(row.dtype), share.to(row.dtype) if isinstance(share, Tensor) else share)
+
+
+@functools.cache
+def _cuda_kernels() -> ModuleType:
+    """Returns the Triton kernels, or, said aloud, the reference where triton is not installed."""
+    try:
+        from robplug_advprop.kernels import triton_impl
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        remedy = "pip install robplug-advprop[triton]"
+        warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
+        return reference
+    return triton_impl
+
+
+def _operator(schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
+    """Registers an operator.
+
+    Args:
+        schema: its name and arguments; reference and Triton have a function of that name with these arguments.
+        check: raises where the arguments do not fit.
+        empty: returns tensors with the shapes, dtypes and strides of the results.
+    """
+    name, bracket, arguments = schema.partition("(")
+
+    def plain(*args: Any) -> Any:
+        check(*args)
+        return getattr(reference, name)(*args)
+
+    def cuda(*args: Any) -> Any:
+        check(*args)
+        return getattr(_cuda_kernels(), name)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
+    operator = custom_op(f"robplug_advprop::{name}", plain, mutates_args=(), schema=bracket + arguments)
+    operator.register_kernel("cuda", cuda)
+    operator.register_fake(fake)
+    return operator
+
+
+def _normalised(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _gradients(g: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _normalised(x, weight)
+
+
+_mixture = _operator(
+    "mixture_batch_norm(Tensor x, Tensor weight, Tensor bias, SymInt[] sizes, float eps, bool relu)"
+    " -> (Tensor, Tensor, Tensor)",
+    checks.mixture,
+    _normalised,
+)
+_mixture_backward = _operator(
+    "mixture_batch_norm_backward(Tensor g, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor? out,"
+    " SymInt[] sizes, float eps) -> (Tensor, Tensor, Tensor)",
+    checks.mixture_backward,
+    _gradients,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, ctx.sizes, ctx.eps, relu = inputs
+    out, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, mean, var, out if relu else None)
+
+
+def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, mean, var, out = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody wants the derivative of this one
+        found = reference.gradients(g, x, weight, out, ctx.sizes, ctx.eps)
+    else:
+        found = _mixture_backward(g, x, weight, mean, var, out, ctx.sizes, ctx.eps)
+    return *found, None, None, None
+
+
+_mixture.register_autograd(_backward, setup_context=_setup)

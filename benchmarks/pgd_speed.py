@@ -168,7 +168,7 @@ def main() -> None:
     found = [row for case in cases for row in measure(case, options.repeats)]
     result = Result(
         benchmark="pgd_speed",
-        command=" ".join(["python", "benchmarks/pgd_speed.py", *(["--data", "DATA"] if options.data else [])]),
+        command=f"python benchmarks/pgd_speed.py{' --data DATA' * bool(options.data)} --repeats {options.repeats}",
         settings={"steps": STEPS, "repeats": options.repeats, "random_start": False, "norm": "linf", "heap": heap},
         rows=found,
         findings=findings(found),

@@ -63,7 +63,7 @@ def main() -> None:
     found = rows("CIFAR ResNet-20, 256 images, PGD-20", times, ALONE)
     result = Result(
         benchmark="referee_overhead",
-        command="python benchmarks/referee_overhead.py --data DATA",
+        command=f"python benchmarks/referee_overhead.py --data DATA --repeats {options.repeats}",
         settings={
             "steps": 20,
             "images": 256,

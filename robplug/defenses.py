@@ -202,9 +202,10 @@ class Stack:
     def losses(self, step: Step) -> Losses:
         """Returns the losses of a batch; batch norm's running statistics move with the objective alone."""
         step.layers = self._layers
-        for defense, prepared in zip(self.defenses, self._prepared, strict=True):
-            step.state = prepared.state
-            step.x = defense.augment(step)
+        with untouched_buffers(self.model):
+            for defense, prepared in zip(self.defenses, self._prepared, strict=True):
+                step.state = prepared.state
+                step.renew(defense.augment(step))
         step.state = self._prepared[self._main].state
         objective = self.defenses[self._main].objective(step)
         right = step.right()

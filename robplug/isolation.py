@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,63 +64,118 @@ class _Saved:
     grad: Tensor | None
 
 
-_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-"""What a module holds: objects that may be replaced, added or left behind."""
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+@dataclass(frozen=True)
+class _Container:
+    """A dict or set as it is now; put back into the same object, by the methods of its own class."""
+
+    value: Any
+    content: Any
+
+    @classmethod
+    def of(cls, value: Any) -> _Container:
+        return cls(value, type(value)(value))
+
+    def restore(self) -> bool:
+        """Returns whether it had changed."""
+        if isinstance(self.value, dict):
+            same = list(self.value) == list(self.content) and all(
+                self.value[k] is self.content[k] for k in self.content
+            )
+        else:
+            same = self.value == self.content
+        if not same:
+            self.value.clear()
+            self.value.update(self.content)
+        return not same
 
 
 @dataclass(frozen=True)
 class _Part:
+    """One module of a model: its class, and all that it holds, by identity."""
+
     name: str
     module: nn.Module
     kind: type[nn.Module]
-    held: dict[str, dict[str, object]]
-    callables: dict[str, object]
+    attributes: dict[str, Any]
+    containers: dict[str, _Container]
+    tensors: dict[str, Tensor]
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> _Part:
-        held = {held: dict(getattr(module, held)) for held in _HELD}
-        return cls(name or "the model", module, type(module), held, _callables(module))
+        attributes = dict(vars(module))
+        # of exactly these types, whose methods are what they seem
+        containers = {k: _Container.of(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, set)}
+        tensors = {k: v.detach().clone() for k, v in attributes.items() if isinstance(v, Tensor)}
+        return cls(name or "the model", module, type(module), attributes, containers, tensors)
 
-    def restore(self) -> list[str]:
+    def restore_attributes(self) -> list[str]:
         changes = []
         if type(self.module) is not self.kind:
             changes.append(f"class of {self.name}")
             self.module.__class__ = self.kind
-        callables, attributes = _callables(self.module), vars(self.module)
-        for key in {**callables, **self.callables}:
-            if callables.get(key) is not self.callables.get(key):
+        now = vars(self.module)
+        keys = [key for key in {**now, **self.attributes} if key != "training"]  # modes are looked at elsewhere
+        changed = [key for key in keys if now.get(key, now) is not self.attributes.get(key, now)]
+        for key in changed:
+            now.pop(key, None)
+        now.update({key: self.attributes[key] for key in changed if key in self.attributes})
+        changes += [f"attribute {key} of {self.name}" for key in changed]
+        for key, value in self.tensors.items():
+            if not _same(self.attributes[key].detach(), value):
                 changes.append(f"attribute {key} of {self.name}")
-                attributes.pop(key, None)
-        attributes.update(self.callables)
-        for held, before in self.held.items():
-            now = attributes[held]
-            if list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
-                changes.append(f"{held.strip('_').replace('_', ' ')} of {self.name}")
-                now.clear()
-                now.update(before)
+                self.attributes[key].data = value
+        return changes
+
+    def restore_containers(self) -> list[str]:
+        changes = []
+        for key, container in self.containers.items():
+            if container.restore():
+                changes.append(f"{key.strip('_').replace('_', ' ')} of {self.name}")
         return changes
 
 
-def _callables(module: nn.Module) -> dict[str, object]:
-    return {key: value for key, value in vars(module).items() if callable(value)}
+class _Classes:
+    """The methods and attributes of the classes that a model is made of, PyTorch's among them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        kinds = {kind for part in module.modules() for kind in type(part).__mro__ if kind is not object}
+        self._before = {kind: dict(vars(kind)) for kind in kinds}
+
+    def restore(self) -> list[str]:
+        changes = []
+        for kind, before in self._before.items():
+            now = dict(vars(kind))
+            for key in {**now, **before}:
+                if key in before and now.get(key, before) is not before[key]:
+                    changes.append(f"{key} of the class {kind.__name__}")
+                    setattr(kind, key, before[key])
+                elif key not in before and callable(now[key]):
+                    changes.append(f"{key} of the class {kind.__name__}")
+                    delattr(kind, key)
+        return changes
 
 
 class ModuleState:
     """What a module is and holds at one moment, and the hooks of all modules.
 
-    Of each part: class, mode, parameters, buffers, parts, hooks, and callable attributes, such as a ``forward`` that
-    was put in front of the class's; of each tensor: value, ``requires_grad`` and ``.grad``.
+    Of each part: mode, parameters, buffers, parts and hooks; of each tensor: value, ``requires_grad`` and ``.grad``.
 
     Args:
         module: looked at now, and put back by `restore`.
+        strict: also its class, the methods of that class, and every attribute: for code that is not trusted. A model
+            that counts its own calls forgets those made meanwhile. Patches of PyTorch's functions are not undone.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, strict: bool = False) -> None:
         self._module = module
+        self._strict = strict
         self._modes = {name: part.training for name, part in module.named_modules()}
+        self._classes = _Classes(module if strict else nn.Module())
         self._parts = [_Part.of(name, part) for name, part in module.named_modules()]
-        self._global_hooks = {name: dict(getattr(torch.nn.modules.module, name)) for name in _GLOBAL_HOOKS}
+        hooks = vars(torch.nn.modules.module)
+        self._global_hooks = {
+            name: _Container.of(hooks[name]) for name in hooks if name.startswith("_global") and "hooks" in name
+        }
         named = (*module.named_parameters(), *module.named_buffers())
         self._saved = {
             name: _Saved(tensor, tensor.detach().clone(), tensor.requires_grad, _copy(tensor.grad))
@@ -131,23 +188,20 @@ class ModuleState:
         Returns:
             What had changed, such as ``"buffer or parameter bn.running_mean"``; empty if nothing had.
         """
-        changes = [change for part in self._parts for change in part.restore()] + self._restore_global_hooks()
+        changes = self._classes.restore() if self._strict else []
+        for part in self._parts if self._strict else ():
+            changes += part.restore_attributes()
+        for part in self._parts:
+            changes += part.restore_containers()
+        for name, hooks in self._global_hooks.items():
+            if hooks.restore():
+                changes.append(f"hooks of all modules ({name.strip('_').replace('_', ' ')})")
         for name, part in self._module.named_modules():
             if part.training != self._modes.get(name, part.training):
                 changes.append(f"mode of {name or 'the model'}")
                 part.training = self._modes[name]
         for name, saved in self._saved.items():
             changes += _restore_tensor(name, saved)
-        return changes
-
-    def _restore_global_hooks(self) -> list[str]:
-        changes = []
-        for name, before in self._global_hooks.items():
-            now = getattr(torch.nn.modules.module, name)
-            if dict(now) != before:
-                changes.append(f"hooks of all modules ({name.strip('_').replace('_', ' ')})")
-                now.clear()
-                now.update(before)
         return changes
 
 

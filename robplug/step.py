@@ -71,6 +71,11 @@ class Step:
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
     _passes: dict[str, Pass] = field(default_factory=dict, init=False, repr=False)
 
+    def renew(self, x: Tensor) -> None:
+        """Puts other samples in the place of ``x``; passes made so far are forgotten."""
+        self.x = x
+        self._passes.clear()
+
     def clean(self) -> Pass:
         """Returns the pass of ``x``, made when first asked for and shared by all who ask."""
         return self._shared("clean", self.x)

@@ -118,14 +118,15 @@ class Target:
     @property
     def _first_tensor(self) -> Tensor | None:
         if self._first_parameter is not None:
-            return self._first_parameter
+            part, name = self._first_parameter
+            return part._parameters[name]
         return next((buffer for buffer in self.module.buffers() if buffer.is_floating_point()), None)
 
     @functools.cached_property
-    def _first_parameter(self) -> Tensor | None:
-        # kept, as a walk through the modules costs as much as a step on a small network; .half() and .to() change
-        # parameters in place, and replace buffers
-        return next((tensor for tensor in self.module.parameters() if tensor.is_floating_point()), None)
+    def _first_parameter(self) -> tuple[nn.Module, str] | None:
+        # where it is, and not itself, is kept: a walk through the modules costs as much as a step of a small network
+        places = ((part, name, own) for part in self.module.modules() for name, own in part._parameters.items())
+        return next(((part, name) for part, name, own in places if own is not None and own.is_floating_point()), None)
 
 
 class _Averaged(nn.Module):

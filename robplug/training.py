@@ -47,6 +47,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    origin: Mapping[str, str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Trains a model with a stack of defences, with Lightning Fabric.
@@ -63,6 +64,7 @@ def fit(
             which is removed at the end.
         resume: go on from the checkpoint in ``out``, if there is one.
         progress: print a line for each epoch.
+        origin: what the model began as, such as the digest of its weights; recorded, and compared at a resume.
         **options: as in `robplug.training_plan.Options`.
 
     Returns:
@@ -78,7 +80,7 @@ def fit(
     folder = None if out is None else _make_folder(Path(out))
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with cpu_threads(settings.threads):
-        training = _Training(model, dataset, stack, settings, folder, progress)
+        training = _Training(model, dataset, stack, settings, folder, progress, origin or {})
         try:
             if folder is not None and resume:
                 training.resume(folder)
@@ -103,8 +105,16 @@ class _Training:
     """
 
     def __init__(
-        self, model: nn.Module, dataset: Dataset, stack: Stack, options: Options, folder: Path | None, progress: bool
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        stack: Stack,
+        options: Options,
+        folder: Path | None,
+        progress: bool,
+        origin: Mapping[str, str],
     ) -> None:
+        self.origin = dict(origin)
         self.stack, self.dataset, self.options, self.folder = stack, dataset, options, folder
         self.train_rows, self.held_rows = split_rows(len(dataset), options)
         self.batches = math.ceil(len(self.train_rows) / options.batch_size)
@@ -244,6 +254,7 @@ class _Training:
             **self.options.model_dump(exclude={"device"}),
             "defenses": [_describe(defense) for defense in self.stack.defenses],
             "data": self.dataset.digest,
+            "origin": self.origin,
         }
 
 

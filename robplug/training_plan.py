@@ -143,7 +143,7 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
     """
     from robplug.isolation import seeded_globals
     from robplug.plugins import registry
-    from robplug.referee.load import make_dataset, make_target
+    from robplug.referee.load import make_dataset, make_target, state_digest
     from robplug.training import WEIGHTS, fit
     from robplug.training_setup import sub_seed
 
@@ -156,5 +156,6 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
         defenses = [registry().defense(entry.name, **entry.params) for entry in plan.defenses]
     except RobplugError as error:
         raise PlanError(f"{where}: defenses", str(error)) from error
-    fit(model, dataset, defenses, out=plan.out, resume=True, progress=progress, **plan.options)
+    origin = {"params": repr(plan.params), "state": state_digest(model)}
+    fit(model, dataset, defenses, out=plan.out, resume=True, progress=progress, origin=origin, **plan.options)
     return Path(plan.out) / WEIGHTS

@@ -48,7 +48,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.eps is not None and not isinstance(self.eps, numbers.Real):
-            raise ThreatError(f"expected eps to be a number, got {self.eps!r}; write 8 / 255 without quotes")
+            raise ThreatError(f"expected eps to be a number, got {self.eps!r}; such as 8 / 255, without quotes")
         if self.eps is not None and not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"expected eps >= 0 and finite, got {self.eps}; use None for the smallest distance")
         low, high = self.bounds

@@ -92,3 +92,21 @@ def test_held_out_samples_are_scored_as_they_are() -> None:
     stack.prepare(nn.Identity())
     step = a_step(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert stack.score(step).tolist() == [True, False] and torch.equal(step.x, torch.eye(2))
+
+
+class Peek(Defense):
+    """Looks at the network's answer before it changes the samples."""
+
+    def augment(self, step: Step) -> Tensor:
+        return step.clean().x.detach() + 1
+
+
+def test_an_augmentation_may_ask_the_network_and_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    step = Step(model, torch.rand(6, 4), torch.zeros(6, dtype=torch.int64), Rng(0, range(6)))
+    before = step.x
+    stack = Stack([Peek()])
+    stack.prepare(model)
+    stack.losses(step)
+    assert torch.equal(step.clean().x, before + 1)
+    assert int(model[0].num_batches_tracked) == 1  # the objective's pass alone

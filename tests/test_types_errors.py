@@ -25,7 +25,7 @@ def test_a_threat_model_keeps_what_it_is_given():
 
 def test_a_radius_is_a_number():
     assert ThreatModel("linf", np.float32(0.5)).eps == 0.5
-    with pytest.raises(ThreatError, match=r"expected eps to be a number, got '8/255'; write 8 / 255 without quotes"):
+    with pytest.raises(ThreatError, match=r"expected eps to be a number, got '8/255'; such as 8 / 255, without quotes"):
         ThreatModel("linf", "8/255")  # type: ignore[arg-type]
 
 

@@ -4,7 +4,8 @@
     ROBPLUG_DATA=FOLDER python benchmarks/papers/flow.py paper
 
 FOLDER has the files of MNIST (small) or CIFAR-10 (paper). What is finished is not done again: trained weights, and the
-cells of the plan beside this file. Results and figures go to results/ and docs/papers/.
+cells of the plan beside this file. Results and figures go to results/ and docs/papers/. The networks begin elsewhere
+than those of ``robplug train`` with the recipes beside this file, so that weights differ.
 """
 
 from __future__ import annotations

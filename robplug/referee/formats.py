@@ -74,7 +74,7 @@ def distance(value: float | None) -> str:
 
 def measure(value: float | None) -> str:
     """Returns a measure with three digits; thousands in full."""
-    return distance(value) if value is None or abs(value) < 1000 else count(round(value))
+    return distance(value) if value is None or round(abs(value)) < 1000 else count(round(value))
 
 
 def unfinished(summary: Summary) -> str:

@@ -177,7 +177,7 @@ def run_guarded(job: Assignment) -> Outcome:
     with evaluation_mode(module), seeded_globals(job.rng.batch_seed()):
         for parameter in frozen:
             parameter.requires_grad_(False)
-        before, numbers = ModuleState(module), global_numbers()
+        before, numbers = ModuleState(module, strict=True), global_numbers()
         start = time.perf_counter()
         try:
             job.target.reset(job.rng.batch_seed() % (1 << 31))

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robplug.norms import Measuring, Norm
 from robplug.referee.guard import Outcome
 from robplug.targets import Target, evaluation_mode
 from robplug.types import SampleResult, Status, ThreatModel
 
+PLAIN = (Tensor, nn.Parameter)
+"""What an attack may return: a subclass could answer the referee's own arithmetic as it likes."""
 BOX_TOLERANCE = 2.0**-23
 """One unit in the last place of float32 at the larger bound: what scaling to other bounds and back may add."""
 
@@ -103,7 +105,7 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: 
     measures = {}
     finite = x_adv.flatten(1).isfinite().all(1)
     if bool(finite.any()):
-        witness = outcome.perturbed.witness
+        witness = outcome.perturbed.witness if type(outcome.perturbed.witness) in PLAIN else None
         # every row is classified, so that a stochastic model's draws for one do not depend on the others
         whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv, x)
         prediction = torch.where(finite, predict(target, whole, batch_size), -1).cpu()
@@ -120,8 +122,8 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: 
 
 
 def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
-    if not isinstance(x_adv, Tensor):
-        return f"returned {type(x_adv).__name__} instead of a tensor"
+    if type(x_adv) not in PLAIN:
+        return f"returned {type(x_adv).__name__} instead of a plain tensor"
     if x_adv.shape != x.shape:
         return f"returned shape {tuple(x_adv.shape)} instead of {tuple(x.shape)}"
     if x_adv.layout != torch.strided or x_adv.device.type == "meta":

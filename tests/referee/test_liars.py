@@ -209,9 +209,50 @@ def hook_all_modules(module: nn.Module) -> None:
     )
 
 
+def hide_a_parameter(module: nn.Module) -> None:
+    vars(the_net(module).out)["weight"] = torch.zeros(3, 16)
+
+
+class Keeper(dict):  # type: ignore[type-arg]
+    """A dict that shows nothing and loses nothing."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def clear(self) -> None: ...
+
+
+def swap_the_hooks(module: nn.Module) -> None:
+    net = the_net(module)
+    vars(net)["_forward_hooks"] = Keeper({0: lambda part, inputs, output: output * 0})
+
+
+def remove_the_hooks(module: nn.Module) -> None:
+    vars(the_net(module))["_forward_hooks"] = None
+
+
+def spoil_gradients(module: nn.Module) -> None:
+    the_net(module).out.register_full_backward_pre_hook(lambda part, gradients: tuple(g * 0 for g in gradients))
+
+
+def patch_the_class(module: nn.Module) -> None:
+    Net.forward = lambda self, x: torch.zeros(len(x), 3)  # type: ignore[method-assign]
+
+
+def patch_linear(module: nn.Module) -> None:
+    nn.Linear.forward = lambda self, x: x.new_zeros(len(x), 3)  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     ("mischief", "note"),
     [
+        (hide_a_parameter, "attribute weight of"),
+        (lambda module: setattr(the_net(module).norm, "eps", 1e12), "attribute eps of"),
+        (swap_the_hooks, "attribute _forward_hooks of"),
+        (remove_the_hooks, "attribute _forward_hooks of"),
+        (spoil_gradients, "backward pre hooks of"),
+        (patch_the_class, "forward of the class Net"),
+        (patch_linear, "forward of the class Linear"),
         (put_a_forward_in_front, "attribute forward of"),
         (change_the_class, "class of"),
         (hook_all_modules, "hooks of all modules"),
@@ -228,6 +269,13 @@ def hook_all_modules(module: nn.Module) -> None:
         (lambda module: random.seed(1), "random numbers"),
     ],
     ids=[
+        "hidden",
+        "eps",
+        "swapped-hooks",
+        "no-hooks",
+        "backward-pre-hook",
+        "patched-class",
+        "patched-linear",
         "forward",
         "class",
         "all-hooks",
@@ -252,6 +300,20 @@ def test_tampering_is_undone_and_noted(case: Case, mischief: Any, note: str) -> 
     rows, outcome = judge(case, tampering)
     assert any(note in text for text in outcome.notes), outcome.notes
     assert {row.status for row in rows} == {"robust"}  # judged by the model as it was
+
+
+class Smooth(Tensor):
+    """Answers every subtraction with zeros: no distance is ever seen."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        return torch.zeros_like(found) if "sub" in function.__name__ else found
+
+
+def test_a_tensor_that_lies_about_itself_is_invalid(case: Case) -> None:
+    rows, _ = judge(case, lambda target, x, y: Perturbed((1 - x).as_subclass(Smooth)))
+    assert {row.status for row in rows} == {"invalid"} and "instead of a plain tensor" in rows[0].note
 
 
 def test_an_attack_that_raises_becomes_rows(case: Case) -> None:

@@ -19,6 +19,9 @@ from robplug.errors import InputError
 from robplug.plugins import registry
 from robplug.step import Step, passing, untouched_buffers
 
+AUGMENTATION = 1 << 32
+"""Restarts of the streams from here on belong to augmentation."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -202,10 +205,13 @@ class Stack:
     def losses(self, step: Step) -> Losses:
         """Returns the losses of a batch; batch norm's running statistics move with the objective alone."""
         step.layers = self._layers
+        rng = step.rng
         with untouched_buffers(self.model):
-            for defense, prepared in zip(self.defenses, self._prepared, strict=True):
-                step.state = prepared.state
+            for place, (defense, prepared) in enumerate(zip(self.defenses, self._prepared, strict=True)):
+                # streams of their own: an attack's random start begins those of step.rng again
+                step.state, step.rng = prepared.state, rng.at_restart(AUGMENTATION + place)
                 step.renew(defense.augment(step))
+        step.rng = rng
         step.state = self._prepared[self._main].state
         objective = self.defenses[self._main].objective(step)
         right = step.right()

@@ -110,3 +110,26 @@ def test_an_augmentation_may_ask_the_network_and_leaves_no_trace() -> None:
     stack.losses(step)
     assert torch.equal(step.clean().x, before + 1)
     assert int(model[0].num_batches_tracked) == 1  # the objective's pass alone
+
+
+@dataclass(frozen=True)
+class Draw(Defense):
+    """Replaces the samples by draws, and notes what an attack's first start would draw."""
+
+    drawn: list[Tensor]
+
+    def augment(self, step: Step) -> Tensor:
+        return step.rng.uniform((2,), like=step.x)
+
+    def objective(self, step: Step) -> Tensor:
+        self.drawn.append(step.rng.at_restart(0).uniform((2,), like=step.x))
+        return step.clean().x.sum()
+
+
+def test_augmentation_and_attack_draw_from_different_streams() -> None:
+    drawn: list[Tensor] = []
+    stack = Stack([Draw(drawn)])
+    stack.prepare(nn.Identity())
+    step = Step(nn.Identity(), torch.rand(5, 2), torch.zeros(5, dtype=torch.int64), Rng(0, range(5)))
+    stack.losses(step)
+    assert not (step.x == drawn[0]).any() and step.rng.restart == 0

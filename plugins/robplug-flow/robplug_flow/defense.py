@@ -170,7 +170,7 @@ class RandomFlow(Defense):
         size = step.x.shape[2:]
         kappas = torch.tensor(pixels_per_unit(self.unit, *size), dtype=step.x.dtype, device=step.x.device)
         flow = step.rng.normal((2, *size), like=step.x) * (self.sigma * kappas.view(2, 1, 1))
-        return warp(step.x, flow)
+        return warp(step.x, flow).clamp(*step.bounds)
 
 
 def fgr(model: nn.Module, x: Tensor, y: Tensor, strength: float = 400 / 128**2, **options: object) -> Tensor:

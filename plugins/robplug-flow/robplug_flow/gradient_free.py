@@ -42,7 +42,6 @@ class GradientFree:
         sigma: standard deviation of d, as a share of eps.
         step_size: first step, as a share of eps.
         tau: weight of the flow loss (normalised units, adjacent neighbours) in the fitness.
-        kappa: lead in logits beyond which fitness grows no more; it matters only beside ``tau``.
     """
 
     queries: int = 2000
@@ -50,7 +49,6 @@ class GradientFree:
     sigma: float = 0.5
     step_size: float = 0.1
     tau: float = 0.0
-    kappa: float = 0.5
 
     def __post_init__(self) -> None:
         if self.population < 2 or self.population % 2:
@@ -60,9 +58,8 @@ class GradientFree:
         for name in ("sigma", "step_size"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"a finite {name} > 0", getattr(self, name))
-        for name in ("tau", "kappa"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"a finite {name} >= 0", getattr(self, name))
+        if not 0 <= self.tau < float("inf"):
+            raise InputError("a finite tau >= 0", self.tau)
 
     @torch.no_grad()
     def run(
@@ -117,7 +114,7 @@ class GradientFree:
         ahead, sure = lead(logits, labels, problem.targeted)
         fitness = ahead
         if self.tau:
-            fitness = ahead.clamp(max=self.kappa) - self.tau * flow_smoothness(to_normalized(members.flatten(0, 1)))
+            fitness = ahead - self.tau * flow_smoothness(to_normalized(members.flatten(0, 1)))
         one, other = fitness.view(-1, 2, pairs, 1, 1, 1).unbind(1)
         slope = ((one - other) * noise).mean(1)
         size = slope.abs().flatten(1).mean(1).clamp_min_(torch.finfo(slope.dtype).tiny)

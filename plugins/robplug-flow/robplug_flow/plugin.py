@@ -83,7 +83,6 @@ def robplug_attacks() -> list[AttackSpec]:
                 "sigma": 0.5,
                 "step_size": 0.1,
                 "tau": 0.0,
-                "kappa": 0.5,
             },
             norms=NORMS,
             needs="scores",

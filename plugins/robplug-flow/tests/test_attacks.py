@@ -123,9 +123,13 @@ def breaks(model: nn.Module, found: Perturbed, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("eps", [0.2, 0.4])
 def test_multi_step_is_never_weaker_than_single_step(eps: float) -> None:
-    model, x, y = digits(100)
+    model, x, y = digits(40)
     single = breaks(model, attack_on(model, SingleStep(), x, y, eps), y)
-    for attack in (MultiStep(steps=2, step_size=0.01, restarts=1), MultiStep(), MultiStep(early_stop=False)):
+    for attack in (
+        MultiStep(steps=2, step_size=0.01, restarts=1),
+        MultiStep(steps=10),
+        MultiStep(steps=10, early_stop=False),
+    ):
         multi = breaks(model, attack_on(model, attack, x, y, eps), y)
         assert (multi | ~single).all() and single.any() and not single.all()
 
@@ -138,7 +142,7 @@ def test_more_steps_and_random_starts_break_more() -> None:
 
 
 def test_with_a_ladder_a_larger_radius_never_breaks_fewer() -> None:
-    model, x, y = digits(100)
+    model, x, y = digits(40)
     radii = (0.05, 0.1, 0.15, 0.2)
     attack = MultiStep(steps=3, restarts=1, ladder=radii)
     before = torch.zeros(len(x), dtype=torch.bool)
@@ -176,7 +180,7 @@ def test_stadv_finds_that_a_shift_costs_nothing() -> None:
     x = torch.tensor([[[[0.0, 1.0]]]])
     model = Linear(torch.tensor([[1.0, 0.0]]), 0.25)
     for optimizer in ("sgd", "lbfgs"):
-        attack = StAdv(tau=0.1, unit="pixel", kappa=0.05, optimizer=optimizer, steps=150)
+        attack = StAdv(tau=0.1, unit="pixel", kappa=0.05, optimizer=optimizer, steps=60)
         found = attack_on(model, attack, x, torch.tensor([0]), None)
         flow = found.witness[0, 1, 0]
         assert breaks(model, found, torch.tensor([0]))
@@ -241,7 +245,7 @@ def test_stadv_keeps_the_smoothest_of_all_flows_that_break(optimizer: str) -> No
 
 def test_stadv_breaks_all_digits_with_smoother_flows_than_multi_step() -> None:
     model, x, y = digits(40)
-    smooth = attack_on(model, StAdv(steps=150), x, y, None)
+    smooth = attack_on(model, StAdv(steps=40), x, y, None)
     assert breaks(model, smooth, y).all() and smooth.claim.all()
     signed = attack_on(model, MultiStep(), x, y, 0.6)
     assert flow_smoothness(smooth.witness).mean() < 0.5 * flow_smoothness(signed.witness).mean()
@@ -263,13 +267,13 @@ def test_gradient_free_asks_for_no_gradient_and_counts_its_queries() -> None:
 
 
 def test_gradient_free_comes_near_the_gradient_attacks() -> None:
-    model, x, y = digits(40)
-    free, multi = (breaks(model, attack_on(model, a, x, y, 0.4), y) for a in (GradientFree(queries=1000), MultiStep()))
+    model, x, y = digits(20)
+    free, multi = (breaks(model, attack_on(model, a, x, y, 0.4), y) for a in (GradientFree(queries=400), MultiStep()))
     assert 0.6 * multi.sum() <= free.sum()
 
 
 def test_gradient_free_with_a_flow_loss_finds_smoother_flows() -> None:
-    model, x, y = digits(20)
+    model, x, y = digits(10)
     plain, smooth = (attack_on(model, GradientFree(queries=401, tau=tau), x, y, 0.2) for tau in (0.0, 10.0))
     assert flow_smoothness(smooth.witness).mean() < 0.75 * flow_smoothness(plain.witness).mean()
 

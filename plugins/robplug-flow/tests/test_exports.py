@@ -15,8 +15,8 @@ from robplug_flow.norm import FLOW
 PARAMS: dict[str, dict[str, int]] = {
     "flow/single-step": {},
     "flow/multi-step": {"steps": 4},
-    "flow/stadv": {"steps": 20},
-    "flow/gradient-free": {"queries": 101},
+    "flow/stadv": {"steps": 5},
+    "flow/gradient-free": {"queries": 41},
 }
 EPS = 0.15
 
@@ -88,9 +88,9 @@ def test_in_a_plan_the_referee_measures_what_was_meant(tmp_path) -> None:  # typ
     """0.0428571 half sides of a digit are 0.15 pixel: both threats are one."""
     plan = {
         "targets": [{"name": "robplug/digits-standard"}],
-        "datasets": [{"name": "digits", "samples": 24}],
+        "datasets": [{"name": "digits", "samples": 12}],
         "threats": [{"norm": "flow", "eps": EPS}, {"norm": "flow-normalized", "eps": EPS / 3.5}],
-        "attacks": [{"name": "flow/single-step"}, {"name": "flow/stadv", "steps": 20}],
+        "attacks": [{"name": "flow/single-step"}, {"name": "flow/stadv", "steps": 5}],
     }
     rows = robplug.evaluate(plan, out=tmp_path).rows()
     assert {row["status"] for row in rows} <= {"misclassified", "robust", "broken"}

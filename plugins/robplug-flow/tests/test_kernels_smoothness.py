@@ -49,7 +49,7 @@ def test_the_sum_pixel_by_pixel(
 
 @pytest.mark.parametrize("neighbours", NEIGHBOURS)
 def test_gradcheck_and_gradgradcheck(neighbours: str) -> None:
-    flow = torch.randn(2, 2, 3, 4, dtype=torch.float64).requires_grad_()
+    flow = torch.randn(1, 2, 3, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda flow: flow_smoothness(flow, neighbours), (flow,))
     assert torch.autograd.gradgradcheck(lambda flow: flow_smoothness(flow, neighbours), (flow,))
 
@@ -79,7 +79,7 @@ def test_strides_and_parts_do_not_matter(poisoned: None, neighbours: str, monkey
 def test_at_most_twice_as_far_from_the_truth_as_plain_torch(
     dtype: torch.dtype, neighbours: str, plain_smoothness: Callable[..., Tensor]
 ) -> None:
-    flow, u = torch.randn(2, 2, 8, 8).to(dtype), torch.rand(2).to(dtype)
+    flow, u = torch.randn(2, 2, 5, 6).to(dtype), torch.rand(2).to(dtype)
 
     def run(smoothness: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
         field = flow.to(to).requires_grad_()

@@ -40,11 +40,13 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def inputs(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Returns x in the layout and g and flow in the next ones, so that no two have the same strides."""
+    layouts = dict(zip(("x", "g", "flow"), LAYOUTS[LAYOUTS.index(layout) :] + LAYOUTS, strict=False))
     flow = torch.randn(shape[0], 2, *shape[2:]) * 2
     flow[torch.rand_like(flow) < 0.2] = 0  # some pixels on the kink
     tensors = {"x": torch.randn(shape), "g": torch.randn(shape), "flow": flow, "u": torch.randn(shape[0])}
     return {
-        name: (laid_out(tensor.to(dtype), layout) if tensor.dim() == 4 else tensor).to(DEVICE)
+        name: (laid_out(tensor.to(dtype), layouts[name]) if name in layouts else tensor).to(DEVICE)
         for name, tensor in tensors.items()
     }
 
@@ -58,10 +60,9 @@ def outputs(module: Any, name: str, args: tuple[Any, ...], **options: int) -> tu
 @pytest.mark.parametrize(
     ("shape", "block", "layout"),
     [
-        ((2, 3, 5, 7), 16, "contiguous"),
-        ((2, 3, 5, 7), 64, "channels_last"),
-        ((1, 2, 11, 13), 64, "gaps"),
-        ((3, 1, 1, 17), 8, "contiguous"),
+        ((2, 3, 5, 7), 32, "channels_last"),
+        ((2, 2, 6, 5), 32, "gaps"),
+        ((1, 2, 1, 9), 8, "contiguous"),
     ],
 )
 def test_parity(poisoned: None, name: str, shape: tuple[int, ...], block: int, layout: str) -> None:
@@ -77,7 +78,7 @@ def test_parity(poisoned: None, name: str, shape: tuple[int, ...], block: int, l
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (0, 3, 4, 4), (2, 0, 3, 3)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (0, 3, 4, 4), (1, 0, 3, 3)])
 def test_parity_on_what_is_small_or_empty(poisoned: None, name: str, shape: tuple[int, ...]) -> None:
     from robplug_flow.kernels import triton_impl
 
@@ -104,7 +105,7 @@ def test_other_dtypes_are_rounded_once(name: str, dtype: torch.dtype) -> None:
     """Kernel and reference compute in float32, so that they differ by one rounding of the result at most."""
     from robplug_flow.kernels import triton_impl
 
-    tensors = inputs((2, 3, 5, 7), dtype=dtype)
+    tensors = inputs((1, 2, 15, 7), dtype=dtype)
     if dtype == torch.float64:
         tensors["u"] = tensors["u"].double()
     args = CALLS[name](tensors)
@@ -148,6 +149,11 @@ def test_the_atomic_adjoint_refuses_deterministic_mode() -> None:
 
 
 COMPILE = """
+import sys, types
+
+# the kernels' module only names it in annotations, and importing it would take most of the time
+sys.modules["torch"] = types.SimpleNamespace(Tensor=None)
+
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from robplug_flow.kernels import triton_impl
@@ -162,7 +168,7 @@ for name in names:
     constants = {arg: CONSTANTS.get(arg, 1) for arg in kernel.arg_names if arg in {*CONSTANTS, "height", "x_w", "f_w"}}
     types = {arg: "*fp32" if arg in pointers else "i32" for arg in kernel.arg_names}
     types.update(dict.fromkeys(constants, "constexpr"))
-    source = triton.compiler.ASTSource(kernel, types, constexprs=constants)
+    source = triton.compiler.ASTSource(kernel, types, constants)
     assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm, name
 """
 

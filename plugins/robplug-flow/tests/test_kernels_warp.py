@@ -108,8 +108,8 @@ def test_grid_sample_agrees_in_second_order() -> None:
 
 
 def test_gradcheck_and_gradgradcheck() -> None:
-    x = torch.randn(2, 2, 3, 4, dtype=torch.float64).requires_grad_()
-    flow = off_the_kinks((2, 2, 3, 4)).requires_grad_()
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64).requires_grad_()
+    flow = off_the_kinks((1, 2, 3, 4)).requires_grad_()
     assert torch.autograd.gradcheck(warp, (x, flow))
     assert torch.autograd.gradgradcheck(warp, (x, flow))
 

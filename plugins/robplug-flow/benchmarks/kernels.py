@@ -236,7 +236,7 @@ def main() -> None:
             found += measure(case, options.device, options.repeats)
     result = Result(
         benchmark="robplug-flow kernels",
-        command="python plugins/robplug-flow/benchmarks/kernels.py",
+        command=f"python plugins/robplug-flow/benchmarks/kernels.py --repeats {options.repeats}",
         settings={"device": options.device, "repeats": options.repeats, "dtype": "float32", "layout": "NCHW"},
         rows=found,
         findings=findings(found),

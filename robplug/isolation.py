@@ -168,9 +168,8 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, strict: bool = False) -> None:
         self._module = module
-        self._strict = strict
         self._modes = {name: part.training for name, part in module.named_modules()}
-        self._classes = _Classes(module if strict else nn.Module())
+        self._classes = _Classes(module) if strict else None
         self._parts = [_Part.of(name, part) for name, part in module.named_modules()]
         hooks = vars(torch.nn.modules.module)
         self._global_hooks = {
@@ -188,8 +187,8 @@ class ModuleState:
         Returns:
             What had changed, such as ``"buffer or parameter bn.running_mean"``; empty if nothing had.
         """
-        changes = self._classes.restore() if self._strict else []
-        for part in self._parts if self._strict else ():
+        changes = self._classes.restore() if self._classes else []
+        for part in self._parts if self._classes else ():
             changes += part.restore_attributes()
         for part in self._parts:
             changes += part.restore_containers()

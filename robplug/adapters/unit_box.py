@@ -7,6 +7,9 @@ from torch import Tensor
 
 UNIT = (0.0, 1.0)
 
+ROUNDING = 2.0**-20
+"""Share of the width of the box that counts as rounding; ART itself takes 1e-6 for no change in its l0 attack."""
+
 
 def to_unit(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Returns samples scaled to [0, 1]; always a tensor of its own."""
@@ -31,3 +34,10 @@ def unit_eps(eps: float, bounds: tuple[float, float]) -> float:
     A library may overstep it by the rounding of its last addition, at most 2 ** -25, which the map back would enlarge.
     """
     return eps if bounds == UNIT else max(eps / (bounds[1] - bounds[0]) - 2.0**-25, 0.0)
+
+
+def without_rounding(x_adv: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Puts back on the bounds what float32 rounding alone put beyond them; what lies further out stays."""
+    low, high = bounds
+    inside = x_adv.clamp(low, high)
+    return torch.where((x_adv - inside).abs() <= ROUNDING * (high - low), inside, x_adv)

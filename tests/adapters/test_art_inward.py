@@ -17,7 +17,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 import robplug
-from robplug.adapters.art.inward import ROUNDING, _without_rounding
+from robplug.adapters.unit_box import ROUNDING, without_rounding
 from robplug.canonical import CANONICAL
 from robplug.errors import InputError, PlanError, ThreatError
 from robplug.isolation import global_numbers
@@ -170,7 +170,7 @@ def test_float64_samples_and_network() -> None:
 def test_only_rounding_is_put_back_into_the_box() -> None:
     x_adv = torch.tensor([[1.0 + ROUNDING / 2, -ROUNDING / 2, 0.5, 1.001, -0.1]])
     expected = torch.tensor([[1.0, 0.0, 0.5, 1.001, -0.1]])
-    assert torch.equal(_without_rounding(x_adv, (0.0, 1.0)), expected)
+    assert torch.equal(without_rounding(x_adv, (0.0, 1.0)), expected)
 
 
 def test_empty_batch_and_radius_zero_return_the_samples() -> None:

@@ -10,6 +10,7 @@ random starts.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def main() -> None:
     settings = {key: getattr(options, key) for key in ("train", "test", "free", "epochs", "lr", "seeds")}
     result = Result(
         benchmark="training",
-        command="python plugins/robplug-flow/benchmarks/training.py --data DATA",
+        command="python plugins/robplug-flow/benchmarks/training.py --data DATA --defenses "
+        + shlex.join(options.defenses),
         settings={**settings, "eps_normalized": EPS, "batch_size": 128, "optimizer": "adam"},
         rows=rows,
         findings=findings(rows),

@@ -32,7 +32,7 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from robplug.adapters.common import ForeignAttack, make_attack_class
-from robplug.adapters.unit_box import to_unit, unit_eps
+from robplug.adapters.unit_box import ROUNDING, to_unit, unit_eps, without_rounding
 from robplug.attacks import radius
 from robplug.errors import InputError, ThreatError
 from robplug.inputs import check_batch
@@ -60,8 +60,6 @@ IMAGES = frozenset(
     | {"ThresholdAttack"}
 )
 """Classes that need samples of shape (C, H, W)."""
-ROUNDING = 2.0**-20
-"""Share of the width of the box that counts as rounding; ART itself takes 1e-6 for no change in its l0 attack."""
 
 
 class ArtAttack(ForeignAttack):
@@ -126,7 +124,7 @@ class ArtAttack(ForeignAttack):
             # the change is mapped and not the image: a value that was left alone stays the same to the bit
             scale = threat.bounds[1] - threat.bounds[0] if unit else 1.0
             found = x + ((found - clean) * scale).to(x.dtype)
-        return Perturbed(_without_rounding(found, threat.bounds))
+        return Perturbed(without_rounding(found, threat.bounds))
 
     def _estimator(self, target: Target, x: Tensor, channels_first: bool = True) -> PyTorchClassifier:
         unit = self._name in UNIT_BOX
@@ -205,12 +203,6 @@ def _seeded_cma() -> Iterator[None]:
         yield
     finally:
         options["seed"] = seed
-
-
-def _without_rounding(x_adv: Tensor, bounds: tuple[float, float]) -> Tensor:
-    low, high = bounds
-    inside = x_adv.clamp(low, high)
-    return torch.where((x_adv - inside).abs() <= ROUNDING * (high - low), inside, x_adv)
 
 
 @functools.cache

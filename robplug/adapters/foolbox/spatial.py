@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robplug.adapters.foolbox.inward import GOALS, FoolboxAttack, make_model
 from robplug.adapters.motion import DEGREES, move_by_foolbox
+from robplug.adapters.unit_box import without_rounding
 from robplug.attacks import radius
 from robplug.errors import InputError
 from robplug.isolation import seeded_globals
@@ -44,7 +45,7 @@ class Spatial(FoolboxAttack):
         with seeded_globals(rng.batch_seed()):
             motion = _motion(clean, found, self._tried(eps))
         unmoved = (found == clean).flatten(1).all(1).view(-1, 1, 1, 1)
-        return Perturbed(torch.where(unmoved, x, _without_rounding(found, threat.bounds).to(x.dtype)), motion, claim)
+        return Perturbed(torch.where(unmoved, x, without_rounding(found, threat.bounds).to(x.dtype)), motion, claim)
 
     def _tried(self, eps: float) -> Iterable[Motion]:
         """Returns what the library tries, in its order and from the same random numbers."""
@@ -69,12 +70,6 @@ def _motion(x: Tensor, found: Tensor, tried: Iterable[Motion]) -> Tensor:
         motion[here < off] = motion.new_tensor(candidate)
         off = torch.minimum(off, here)
     return motion
-
-
-def _without_rounding(x_adv: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Puts back what the weights of an interpolation, whose sum is 1 but for rounding, put beyond the bounds."""
-    inside = x_adv.clamp(*bounds)
-    return torch.where((x_adv - inside).abs() <= 2.0**-20 * (bounds[1] - bounds[0]), inside, x_adv)
 
 
 class _Cast(nn.Module):

@@ -182,7 +182,7 @@ def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor]:
             loss = how.loss(logits, problem.labels)
         upwards = torch.full_like(loss, -1.0 if problem.targeted else 1.0)
         (gradient,) = torch.autograd.grad(loss, z, upwards)
-        # the sum is finite only if all values are (and costs a tenth of asking each); a finite overflow is asked again
+        # the sum is finite only if all values are; where it overflows, each is asked
         if not math.isfinite(gradient.sum()) and not bool(gradient.isfinite().all()):
             raise ThreatError("expected a finite gradient of the target, got nan or inf; use an attack on scores")
         total = gradient if total is None else total.add_(gradient)

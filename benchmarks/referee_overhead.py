@@ -136,7 +136,7 @@ def prepared(data: Path, folder: Path) -> tuple[Plan, Job]:
 
 def with_referee(plan: Plan, job: Job, folder: Path) -> None:
     """Does the same through the referee, into a fresh run directory."""
-    list(run_cell(job, 0, plan, Store(folder).cell(job.key), CleanPredictions(plan.batch_size)))
+    list(run_cell(job, 0, plan, Store(folder), CleanPredictions(plan.batch_size)))
 
 
 if __name__ == "__main__":

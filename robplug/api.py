@@ -60,9 +60,10 @@ def target(model: Any, **options: Any) -> Target:
     """Turns a model into a target of attacks.
 
     Args:
-        model: an nn.Module, an ART ``PyTorchClassifier``, a Foolbox ``PyTorchModel``, or a name of
-            ``robplug list targets``.
-        **options: for an nn.Module those of `robplug.targets.from_module`, such as ``bounds=(0, 1)``.
+        model: an nn.Module, an ART ``PyTorchClassifier``, a Foolbox ``PyTorchModel``, a name of
+            ``robplug list targets``, or a list of these, which are one target together (`robplug.ensembles.ensemble`).
+        **options: for an nn.Module those of `robplug.targets.from_module`, such as ``bounds=(0, 1)``; for a list
+            also ``weights`` and ``fuse``.
 
     Raises:
         InputError: no plugin accepts an object of this class.

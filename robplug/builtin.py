@@ -69,6 +69,20 @@ def robplug_targets() -> list[TargetSpec]:
             summary="any nn.Module that gives logits",
             accepts=("torch.nn.modules.module.Module",),
         ),
+        TargetSpec(
+            name="robplug/list",
+            make="robplug.ensembles:of_list",
+            summary="several models as one: weights=, fuse=",
+            accepts=("builtins.list", "builtins.tuple"),
+        ),
+        TargetSpec(
+            name="robplug/ensemble",
+            make="robplug.ensembles:ensemble",
+            summary="several targets of a plan as one",
+            source="Liu et al. 2017, section 5; Dong et al. 2018, section 3.4",
+            params={"weights": None, "fuse": "logits"},
+            of="several",
+        ),
         TargetSpec(name="robplug/digits-cnn", make="robplug.zoo:digits_cnn", summary="small CNN for digits, untrained"),
         TargetSpec(name="robplug/lenet", make="robplug.zoo:lenet", summary="LeNet-5 for MNIST, untrained"),
         TargetSpec(

@@ -77,16 +77,38 @@ class Registry:
         """Returns a norm."""
         return resolve(self.spec("norm", name))  # type: ignore[no-any-return]
 
-    def named_target(self, name: str, **params: Any) -> Any:
-        """Makes a target (or an nn.Module) that is listed by name."""
-        return self._build("target", name, params)
+    def named_target(self, name: str, *of: Target, **params: Any) -> Any:
+        """Makes a target (or an nn.Module) that is listed by name.
 
-    def target(self, model: Any, **options: Any) -> Target:
-        """Turns an object into a Target through the plugin that accepts its class, or a base of it.
+        Args:
+            name: as listed.
+            *of: the targets that it is made of.
+            **params: its parameters.
 
         Raises:
-            InputError: no installed plugin accepts it.
+            InputError: too few or too many targets, or a parameter that it does not have.
         """
+        wanted = self.spec("target", name).of
+        if not {"none": len(of) == 0, "one": len(of) == 1, "several": len(of) > 0}[wanted]:
+            raise InputError(
+                f"{wanted} of other targets for {name}", f"{len(of)} of them", "see `of` in a plan's targets"
+            )
+        return self._build("target", name, params, *of)
+
+    def target(self, model: Any, **options: Any) -> Target:
+        """Turns an object into a Target through the plugin that accepts its class, or a base of it; a Target is one.
+
+        Raises:
+            InputError: no installed plugin accepts it, or it is a Target and there are options.
+        """
+        from robplug.targets import Target
+
+        if isinstance(model, Target):
+            if options:
+                raise InputError(
+                    "no options for a Target, which has its own", options, "dataclasses.replace changes them"
+                )
+            return model
         by_class = {accepted: spec for spec in self.specs("target") for accepted in spec.accepts}
         for base in type(model).__mro__:
             spec = by_class.get(f"{base.__module__}.{base.__qualname__}")
@@ -135,10 +157,10 @@ class Registry:
         specs = self.specs("attack")
         return sorted({spec.origin for spec in specs if spec.canonical == canonical and norm in spec.norms})
 
-    def _build(self, kind: str, name: str, params: dict[str, Any]) -> Any:
+    def _build(self, kind: str, name: str, params: dict[str, Any], *of: Target) -> Any:
         spec = self.spec(kind, name)
         check_params(spec, params)
-        return resolve(spec)(**{**spec.params, **params})
+        return resolve(spec)(*of, **{**spec.params, **params})
 
     def _why_missing(self, name: str) -> str:
         """Returns which disabled plugin has this name, or might have it, and why it is disabled."""

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from robplug.errors import InputError, PlanError, RobplugError
-from robplug.referee.plan import DatasetEntry, TargetEntry, as_number, read_toml
+from robplug.referee.plan import read_toml
+from robplug.referee.plan_tables import DatasetEntry, TargetEntry, as_number
 from robplug.validation import problems
 
 

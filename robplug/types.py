@@ -20,7 +20,7 @@ Task = Literal["classification", "segmentation", "detection"]
 Needs = Literal["gradients", "scores", "labels"]
 Budget = Literal["fixed", "minimal"]
 Scope = Literal["sample", "dataset"]
-Status = Literal["misclassified", "robust", "broken", "invalid", "error"]
+Status = Literal["misclassified", "robust", "broken", "invalid", "error", "unattacked"]
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,18 @@ class TargetSpec(Spec):
 
     With ``accepts``, ``make`` names a function ``(object, **options) -> Target`` that is called for any object
     whose class, or one of its bases, has one of these qualified names; nothing is imported to find out.
-    Without, ``make`` names a function of ``params`` that returns a Target or an nn.Module.
+    Without, ``make`` names a function of ``params`` that returns a Target or an nn.Module; where ``of`` says so, the
+    Targets that it is made of come before them.
 
     Attributes:
         accepts: qualified class names, such as ``"torch.nn.modules.module.Module"``.
         task: the task of the model.
+        of: what other targets it is made of: ``"none"``, ``"one"`` or ``"several"``.
     """
 
     accepts: tuple[str, ...] = ()
     task: Task = "classification"
+    of: Literal["none", "one", "several"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

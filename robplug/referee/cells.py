@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from robplug.errors import InputError, PlanError, UnknownNameError
-from robplug.referee.plan import AttackEntry, DatasetEntry, Plan, TargetEntry, ThreatEntry
+from robplug.referee.plan import Plan
+from robplug.referee.plan_tables import AttackEntry, DatasetEntry, TargetEntry, ThreatEntry
 from robplug.registry import Registry, canonical_settings, check_params
 from robplug.types import AttackSpec, ThreatModel
 
@@ -34,6 +35,8 @@ class Cell:
         goal: rule for the class to be reached.
         seed: of the plan.
         timeout_s: time limit of a chunk.
+        swept: the parameter over which the plan sweeps, or "".
+        source: the cell whose adversarial samples are judged here on another target; None where they are made.
     """
 
     index: int
@@ -49,12 +52,14 @@ class Cell:
     goal: str
     seed: int
     timeout_s: float | None
+    swept: str = ""
+    source: Cell | None = None
 
 
 def expand(
     plan: Plan, registry: Registry, where: str = "plan", bounds: Sequence[tuple[float, float]] = ()
 ) -> list[Cell]:
-    """Returns the cells of a plan in its order.
+    """Returns the cells of a plan in its order; a cell that is judged elsewhere comes before those that judge it.
 
     Args:
         plan: what is to be run.
@@ -68,20 +73,28 @@ def expand(
     """
     cells: list[Cell] = []
     _check_names(plan, registry, where)
-    for target in plan.targets:
+    entries = {entry.name: entry for entry in plan.all_targets()}
+    for target in plan.attacked():
+        victims = [entries[victim] for source, victim in plan.pairs() if source == target.name]
         for place, dataset in enumerate(plan.datasets):
             box = bounds[place] if bounds else (0.0, 1.0)
             for number, entry in enumerate(plan.attacks):
                 for found in _of_attack(plan, entry, box, registry, f"{where}: attacks[{number}]"):
                     for seed in plan.seed:
-                        cells.append(Cell(index=len(cells), target=target, dataset=dataset, seed=seed, **found))
+                        made = Cell(index=len(cells), target=target, dataset=dataset, seed=seed, **found)
+                        cells.append(made)
+                        cells += [
+                            replace(made, index=made.index + 1 + place, target=victim, source=made)
+                            for place, victim in enumerate(victims)
+                        ]
     return cells
 
 
 def _check_names(plan: Plan, registry: Registry, where: str) -> None:
     checks = [(f"datasets[{i}]", "dataset", entry.name) for i, entry in enumerate(plan.datasets)]
     checks += [(f"threats[{i}]", "norm", entry.norm) for i, entry in enumerate(plan.threats)]
-    checks += [(f"targets[{i}]", "target", entry.name) for i, entry in enumerate(plan.targets) if entry.make is None]
+    made = [(i, entry.make or entry.name) for i, entry in enumerate(plan.targets)]
+    checks += [(f"targets[{i}]", "target", make) for i, make in made if ":" not in make]
     for key, kind, name in checks:
         try:
             registry.spec(kind, name)
@@ -99,11 +112,12 @@ def _of_attack(
         if norm not in have:
             raise PlanError(f"{where}.norms", f"{norm!r} is no threat of the plan, which has {', '.join(have)}")
     threats = [threat for threat in plan.threats if entry.norms is None or threat.norm in entry.norms]
-    for threat in threats:
-        for library in _libraries(entry, threat, registry, where):
-            for eps in _radii(entry, threat, library, registry, where):
-                model = ThreatModel(threat.norm, eps, bounds, threat.targeted)
-                yield _one(plan, entry, threat, model, library, registry, where)
+    for each in entry.each():
+        for threat in threats:
+            for library in _libraries(each, threat, registry, where):
+                for eps in _radii(each, threat, library, registry, where):
+                    model = ThreatModel(threat.norm, eps, bounds, threat.targeted)
+                    yield {**_one(plan, each, threat, model, library, registry, where), "swept": entry.swept}
 
 
 def _is_canonical(entry: AttackEntry) -> bool:
@@ -225,8 +239,15 @@ class Identity:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def cell_key(cell: Cell, identity: Identity, chunk: int, batch_size: int) -> str:
+def cell_key(cell: Cell, identity: Identity, chunk: int, batch_size: int, source: str | None = None) -> str:
     """Returns the SHA-256 of all that changes a cell's numbers, in canonical JSON.
+
+    Args:
+        cell: the cell.
+        identity: of its target, data and attack.
+        chunk: samples per unit of work.
+        batch_size: samples per forward pass of the referee.
+        source: the key of the cell whose adversarial samples are judged.
 
     Names of targets, devices, times and the version of torch are recorded beside the results and not keyed.
     """
@@ -243,6 +264,7 @@ def cell_key(cell: Cell, identity: Identity, chunk: int, batch_size: int) -> str
         "batch_size": batch_size,
         "timeout_s": cell.timeout_s,
         "identity": asdict(identity),
+        **({} if source is None else {"source": source}),
     }
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from robplug.referee.rundir import StoredCell
+from robplug.referee.rundir import StoredCell, printable
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,6 @@ def list_subjects(cells: Sequence[StoredCell]) -> tuple[tuple[Subject, ...], lis
     return tuple(_subject(number, cell, models) for number, cell in enumerate(first)), subject_of
 
 
-def _printable(name: str) -> str:
-    """A run may come from somebody else: its names must not steer the reader's terminal."""
-    return "".join(sign if sign.isprintable() else "\ufffd" for sign in name)
-
-
 def _subject(number: int, cell: StoredCell, models: dict[str, list[str]]) -> Subject:
     name, threat = cell.record["target"], cell.record["threat"]
     if len(models[name]) > 1:
@@ -83,12 +78,12 @@ def _subject(number: int, cell: StoredCell, models: dict[str, list[str]]) -> Sub
     bounds = (float(low), float(high))
     return Subject(
         number=number,
-        target=_printable(name),
-        dataset=_printable(cell.record["dataset"]),
-        norm=_printable(threat["norm"]),
+        target=printable(name),
+        dataset=printable(cell.record["dataset"]),
+        norm=printable(threat["norm"]),
         bounds=bounds,
         targeted=cell.targeted,
-        goal_rule=_printable(cell.record["goal_rule"] or ""),
+        goal_rule=printable(cell.record["goal_rule"] or ""),
     )
 
 
@@ -112,8 +107,8 @@ def list_attacks(cells: Sequence[StoredCell]) -> tuple[tuple[Attack, ...], list[
     attacks = [
         Attack(
             number,
-            _printable(record["label"]),
-            _printable(record["library"]),
+            printable(record["label"]),
+            printable(record["library"]),
             record["mode"],
             record["needs"],
             record["budget"],
@@ -132,7 +127,7 @@ def _told_apart(attacks: list[Attack], params: list[dict[str, Any]]) -> list[Att
     """Adds to the names what makes them different: the mode, then parameters, then the seed."""
     additions = (
         [" as shipped" if attack.mode == "as-shipped" else "" for attack in attacks],
-        ["".join(f" {name}={value}" for name, value in own.items()) for own in params],
+        _what_differs(attacks, params),
         [f" seed {attack.seed}" for attack in attacks],
     )
     for addition in additions:
@@ -144,3 +139,13 @@ def _told_apart(attacks: list[Attack], params: list[dict[str, Any]]) -> list[Att
             for i, attack in enumerate(attacks)
         ]
     return attacks
+
+
+def _what_differs(attacks: list[Attack], params: list[dict[str, Any]]) -> list[str]:
+    """Returns for each attack the parameters in which those of its label differ, as " name=value"."""
+    found = []
+    for attack, own in zip(attacks, params, strict=True):
+        peers = [other for peer, other in zip(attacks, params, strict=True) if peer.name == attack.name]
+        names = [name for name, value in own.items() if any(other.get(name, peers) != value for other in peers)]
+        found.append("".join(f" {name}={own[name]}" for name in names))
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robplug.referee.entries import Subject
-from robplug.referee.summary import Summary
+from robplug.referee.summary import Matrix, Summary
 from robplug.referee.wilson import Rate
 from robplug.referee.worst import WorstCase
 
@@ -48,6 +48,20 @@ def threat(subject: Subject) -> str:
     return f"{norm(subject.norm)}{goal}"
 
 
+def matrix(one: Matrix) -> str:
+    """Returns such as ``digits, ℓ∞ ε = 0.1``."""
+    eps = ", any distance" if one.eps is None else f" \u03b5 = {radius(one.eps)}"
+    return f"{one.dataset}, {norm(one.norm)}{eps}{f' targeted ({one.goal_rule})' if one.targeted else ''}"
+
+
+def counted(one: Matrix) -> str:
+    """Says which samples a matrix counts."""
+    models = len(dict.fromkeys((*one.sources, *one.victims)))
+    if one.count == "pairs":
+        return "samples that source and victim classify correctly"
+    return f"{plural(one.common, 'sample')} of {count(one.samples)} that all {models} models classify correctly"
+
+
 def count(value: int) -> str:
     """Returns a whole number with thin spaces between thousands."""
     return f"{value:,}".replace(",", "\u202f")
@@ -79,8 +93,8 @@ def measure(value: float | None) -> str:
 
 def unfinished(summary: Summary) -> str:
     """Says what of a run is missing."""
-    begun = len({cell.key for cell in summary.cells if not cell.finished})
-    return f"unfinished run: {plural(begun, 'cell')} incomplete, {plural(summary.not_begun, 'cell')} not begun"
+    begun, other = plural(summary.incomplete, "cell"), plural(summary.not_begun, "cell")
+    return f"unfinished run: {begun} incomplete, {other} not begun"
 
 
 def unresolved(summary: Summary, case: WorstCase) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +17,8 @@ from robplug.isolation import seeded_globals
 from robplug.norms import Norm
 from robplug.referee.cells import Cell, Identity, cell_key, expand
 from robplug.referee.load import Model, identify, make_dataset, make_target, source_digest, state_digest
-from robplug.referee.plan import Plan, TargetEntry
+from robplug.referee.plan import Plan
+from robplug.referee.plan_tables import TargetEntry
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.targets import OFFERS, Target, evaluation_mode
@@ -33,6 +37,8 @@ class Job:
         target: the model.
         dataset: the data.
         norm: of the threat.
+        keep: which adversarial samples are stored: ``"examples"``, ``"all"`` or ``"none"``.
+        source: the job whose adversarial samples are judged here, or None.
     """
 
     cell: Cell
@@ -42,6 +48,8 @@ class Job:
     target: Target
     dataset: Dataset
     norm: Norm
+    keep: Literal["examples", "all", "none"]
+    source: Job | None = None
 
     def chunks(self, size: int) -> list[range]:
         """Returns the sample indices of each chunk."""
@@ -55,24 +63,48 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
     expand(plan, registry, where)  # so that a misspelt name is found before data are loaded
     datasets = [make_dataset(entry, registry, where) for entry in plan.datasets]
     cells = expand(plan, registry, where, [dataset.bounds for dataset in datasets])
-    models: dict[tuple[str, str], Model] = {}
-    jobs = []
+    models = _Models(plan, registry, where, device)
+    jobs: dict[int, Job] = {}
     for cell in cells:
         dataset = datasets[plan.datasets.index(cell.dataset)]
-        place = (cell.target.name, dataset.name)
-        if place not in models:
-            models[place] = make_model(cell.target, dataset, registry, where, device)
-        model = models[place]
+        model = models.of(cell.target, dataset)
+        source = None if cell.source is None else jobs[cell.source.index]
         identity = identify(cell, model, dataset, registry)
-        _check_offers(cell, model.target, where)
+        if source is None:
+            _check_offers(cell, model.target, where)
         try:
-            key = cell_key(cell, identity, plan.chunk, plan.batch_size)
+            key = cell_key(cell, identity, plan.chunk, plan.batch_size, source.key if source else None)
             attack = registry.attack(cell.spec.name, **cell.params)
         except (InputError, TypeError, ValueError) as error:
             raise PlanError(f"{where}: {cell.label}", f"{cell.params_passed}: {error}") from error
-        jobs.append(Job(cell, key, identity, attack, model.target, dataset, registry.norm(cell.threat.norm)))
-    _check_distinct(jobs, where)
-    return jobs
+        norm = registry.norm(cell.threat.norm)
+        jobs[cell.index] = Job(cell, key, identity, attack, model.target, dataset, norm, _keep(plan, cell), source)
+    _check_distinct(list(jobs.values()), where)
+    return list(jobs.values())
+
+
+def _keep(plan: Plan, cell: Cell) -> Literal["examples", "all", "none"]:
+    """Returns what a cell stores: all where others judge it, nothing where its samples are another cell's."""
+    if cell.source is not None:
+        return "none"
+    return plan.keep if plan.transfer is None else "all"
+
+
+class _Models:
+    """The models of a plan, each made once a data set."""
+
+    def __init__(self, plan: Plan, registry: Registry, where: str, device: str) -> None:
+        self._entries = {entry.name: entry for entry in plan.all_targets()}
+        self._registry, self._where, self._device = registry, where, device
+        self._made: dict[tuple[str, str], Model] = {}
+
+    def of(self, entry: TargetEntry, dataset: Dataset) -> Model:
+        """Returns the model of a target, and before it makes those that it is made of."""
+        place = (entry.name, dataset.name)
+        if place not in self._made:
+            members = [self.of(self._entries[name], dataset) for name in entry.of or ()]
+            self._made[place] = make_model(entry, dataset, self._registry, self._where, self._device, members)
+        return self._made[place]
 
 
 def _check_distinct(jobs: list[Job], where: str) -> None:
@@ -92,15 +124,25 @@ def _check_offers(cell: Cell, target: Target, where: str) -> None:
         raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack that needs no more")
 
 
-def make_model(entry: TargetEntry, dataset: Dataset, registry: Registry, where: str, device: str) -> Model:
+def make_model(
+    entry: TargetEntry, dataset: Dataset, registry: Registry, where: str, device: str, members: Sequence[Model] = ()
+) -> Model:
     """Makes a model of a plan and tries it on a sample.
+
+    Args:
+        entry: the plan's entry.
+        dataset: what it is to classify.
+        registry: the installed plugins.
+        where: path of the plan.
+        device: where it is to be.
+        members: the models that it is made of.
 
     Raises:
         PlanError: it cannot be made, or does not fit the data.
     """
     name = f"{where}: target {entry.name}"
     with seeded_globals(0):  # weights that are drawn are the same ones each time
-        target = make_target(entry, dataset.bounds, registry, where, device)
+        target = make_target(entry, dataset.bounds, registry, where, device, [member.target for member in members])
     if target.bounds != dataset.bounds:
         raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
     sample = dataset.x[:1].to(device=target.device, dtype=target.sample_dtype, copy=True)
@@ -113,19 +155,24 @@ def make_model(entry: TargetEntry, dataset: Dataset, registry: Registry, where: 
     if len(dataset) and int(dataset.y.max()) >= classes:
         raise PlanError(name, f"has {classes} classes, and {dataset.name} has labels up to {int(dataset.y.max())}")
     known = replace(target, classes=classes)
-    return Model(known, state_digest(known.module), source_digest(known.module, entry, where))
+    source = source_digest(known.module, entry, where)
+    if members:
+        source = hashlib.sha256("".join([source, *(member.source for member in members)]).encode()).hexdigest()
+    return Model(known, state_digest(known.module), source)
 
 
 def goals(job: Job, ids: list[int], x: Tensor, y: Tensor) -> Tensor:
     """Returns the classes to be reached, never the true ones."""
-    classes = job.target.count_classes(x)
+    if job.source is not None:
+        return goals(job.source, ids, x.to(job.source.target.device), y)
+    classes = job.target.count_classes(x) - getattr(job.target.module, "extra_classes", 0)  # none is no goal
     if job.cell.goal == "next":
         return (y + 1) % classes
     if job.cell.goal == "random":
         return (y + 1 + Rng(job.cell.seed, ids).integers(classes - 1, device=y.device)) % classes
     job.target.reset(job.cell.seed)
     with torch.no_grad(), evaluation_mode(job.target.module), seeded_globals(job.cell.seed):
-        logits = job.target.logits(x.clone())
+        logits = job.target.logits(x.clone())[:, :classes]
     return logits.scatter(1, y[:, None], float("inf")).argmin(1)
 
 

@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from robplug.data import Dataset
 from robplug.errors import InputError, PlanError, RobplugError
 from robplug.referee.cells import Cell, Identity
-from robplug.referee.plan import DatasetEntry, TargetEntry
+from robplug.referee.plan_tables import DatasetEntry, TargetEntry
 from robplug.registry import Registry
 from robplug.targets import Target
 
@@ -63,14 +63,31 @@ def make_dataset(entry: DatasetEntry, registry: Registry, where: str) -> Dataset
     return dataset if entry.samples is None else dataset.head(entry.samples)
 
 
-def make_target(entry: TargetEntry, bounds: tuple[float, float], registry: Registry, where: str, device: str) -> Target:
+def make_target(
+    entry: TargetEntry,
+    bounds: tuple[float, float],
+    registry: Registry,
+    where: str,
+    device: str,
+    members: Sequence[Target] = (),
+) -> Target:
     """Makes a model of a plan and loads its weights.
+
+    Args:
+        entry: the plan's entry.
+        bounds: of the data.
+        registry: the installed plugins.
+        where: path of the plan.
+        device: where it is to be.
+        members: the targets that it is made of.
 
     Raises:
         PlanError: it cannot be made; the message names the target.
     """
     try:
-        made = _make(entry, registry, Path(where).parent)
+        if len(members) != len(entry.of or ()):
+            raise InputError("of only in the targets of a plan that attacks", entry.of)
+        made = _make(entry, registry, Path(where).parent, members)
         module = made.module if isinstance(made, Target) else made
         if entry.weights is not None:
             if not isinstance(module, nn.Module):
@@ -83,8 +100,6 @@ def make_target(entry: TargetEntry, bounds: tuple[float, float], registry: Regis
         if not isinstance(made, nn.Module) and (entry.bounds or entry.stochastic):
             expected = "bounds, stochastic, eot and draws only for an nn.Module"
             raise InputError(expected, f"a {type(made).__name__}", "it brings its own")
-        if isinstance(made, Target):
-            return made
         options: dict[str, Any] = {"bounds": entry.bounds or bounds} if isinstance(made, nn.Module) else {}
         if entry.stochastic:
             options.update(stochastic=True, eot=entry.eot, draws=entry.draws)
@@ -93,16 +108,18 @@ def make_target(entry: TargetEntry, bounds: tuple[float, float], registry: Regis
         raise PlanError(f"{where}: target {entry.name}", str(error)) from error
 
 
-def _make(entry: TargetEntry, registry: Registry, folder: Path) -> Any:
+def _make(entry: TargetEntry, registry: Registry, folder: Path, members: Sequence[Target]) -> Any:
     make = entry.make or entry.name
     path, _, name = make.partition(":")
     if not name:
-        return registry.named_target(make, **entry.params)
+        return registry.named_target(make, *members, **entry.params)
     try:
         made = getattr(_module(path, folder), name, None)
         if made is None:
             raise InputError(f"an object {name!r} in {path}", "none")
-        return made(**entry.params) if callable(made) and not isinstance(made, nn.Module) else made
+        if members and (isinstance(made, nn.Module) or not callable(made)):
+            raise InputError(f"{make} to be a function of the targets in of", f"a {type(made).__name__}")
+        return made(*members, **entry.params) if callable(made) and not isinstance(made, nn.Module) else made
     except RobplugError:
         raise
     except Exception as error:  # the user's own code may raise anything

@@ -2,146 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from robplug.errors import PlanError
+from robplug.referee.plan_tables import (
+    AttackEntry,
+    DatasetEntry,
+    Entry,
+    TargetEntry,
+    ThreatEntry,
+    TransferEntry,
+    as_list,
+)
 from robplug.validation import problems
 
-SHORTEST = "minimal"
-"""An eps that asks for the smallest distance instead of giving a radius."""
 
-
-def _radius(value: Any) -> float | None:
-    """Reads an eps: a number, a fraction such as "8/255", or "minimal"."""
-    if value == SHORTEST:
-        return None
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {value}")
-    try:
-        number = float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError, TypeError, OverflowError) as error:
-        raise ValueError(f'expected a number, a fraction like "8/255" or "{SHORTEST}", got {value!r}') from error
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"expected eps >= 0, got {value!r}")
-    return number
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
-
-
-def as_number(value: Any) -> Any:
-    """Returns the number that a string such as "2/255" names; anything else as it is."""
-    if isinstance(value, str):
-        try:
-            return int(value) if value.strip().isdecimal() else float(Fraction(value))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            return value
-    return value
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TargetEntry(_Entry):
-    """A model under attack.
-
-    Attributes:
-        name: how it is called in tables; without ``make``, a name of ``robplug list targets``.
-        make: ``file.py:object``, ``module:object`` or a listed name. A file's code is run.
-        params: arguments of ``make``, if it is a function.
-        weights: a .safetensors file, or one that torch loads with ``weights_only=True``.
-        bounds: smallest and largest value of a sample; without, those of the data set.
-        stochastic: whether two calls may differ.
-        eot: draws averaged for an attack.
-        draws: draws averaged for a verdict.
-    """
-
-    name: str
-    make: str | None = None
-    params: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None
-    bounds: tuple[float, float] | None = None
-    stochastic: bool = False
-    eot: Annotated[int, Field(ge=1)] = 1
-    draws: Annotated[int, Field(ge=1)] = 1
-
-    @model_validator(mode="after")
-    def _draws_of_a_stochastic_target(self) -> TargetEntry:
-        if not self.stochastic and (self.eot > 1 or self.draws > 1):
-            raise ValueError(f"eot = {self.eot} and draws = {self.draws} need stochastic = true")
-        return self
-
-
-class DatasetEntry(_Entry):
-    """A data set.
-
-    Attributes:
-        name: a name of ``robplug list datasets``.
-        split: which part of it.
-        root: folder of its files, where it is not shipped.
-        samples: how many, from the start; all without.
-        params: further parameters of the data set.
-    """
-
-    name: str
-    split: str = "test"
-    root: str | None = None
-    samples: Annotated[int, Field(ge=1)] | None = None
-    params: dict[str, Any] = Field(default_factory=dict)
-
-
-class ThreatEntry(_Entry):
-    """What the attacker may do.
-
-    Attributes:
-        norm: a name of ``robplug list norms``.
-        eps: one radius or several; fractions as strings, ``"minimal"`` for the smallest distance.
-        targeted: whether a given class is to be reached.
-        goal: how that class is chosen: a random wrong one, the one after y, or the least likely.
-    """
-
-    norm: str
-    eps: Annotated[list[Annotated[float | None, BeforeValidator(_radius)]], BeforeValidator(_as_list)]
-    targeted: bool = False
-    goal: Literal["random", "next", "least-likely"] = "random"
-
-
-class AttackEntry(BaseModel):
-    """An attack; keys that are not listed here are its parameters.
-
-    Attributes:
-        name: a name of ``robplug list attacks``, or a canonical one such as ``pgd``.
-        libraries: for a canonical attack, the libraries that are to run it; all that have it without.
-        mode: ``harmonised`` (canonical parameters), ``as-shipped`` (the library's defaults); by default a canonical
-            attack is harmonised and any other is run as ``own``, with the parameters given.
-        norms: the threats that it meets; all of the plan without.
-        timeout_s: time limit of a chunk.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-    libraries: list[str] | None = None
-    mode: Literal["harmonised", "as-shipped"] | None = None
-    norms: list[str] | None = None
-    timeout_s: Annotated[float, Field(gt=0)] | None = None
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The parameters given, fractions read as numbers."""
-        return {key: as_number(value) for key, value in (self.model_extra or {}).items()}
-
-
-class Plan(_Entry):
+class Plan(Entry):
     """A plan; see the attributes of its entries.
 
     Attributes:
@@ -151,6 +32,7 @@ class Plan(_Entry):
         datasets: data.
         threats: norms and radii.
         attacks: attacks.
+        transfer: who is attacked and who judges, if that is not the same.
         chunk: samples per unit of work; a finished chunk is never run again.
         batch_size: samples per forward pass of the referee.
         keep: ``examples`` keeps some adversarial images of each cell, ``all`` all of them, ``none`` none.
@@ -159,12 +41,13 @@ class Plan(_Entry):
         timeout_s: time limit of a chunk for attacks that name none.
     """
 
-    seed: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list)] = [0]
+    seed: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(as_list)] = Field([0])
     out: str = "runs/run"
     targets: Annotated[list[TargetEntry], Field(min_length=1)]
     datasets: Annotated[list[DatasetEntry], Field(min_length=1)]
     threats: Annotated[list[ThreatEntry], Field(min_length=1)]
     attacks: Annotated[list[AttackEntry], Field(min_length=1)]
+    transfer: Annotated[list[TransferEntry], Field(min_length=1)] | None = None
     chunk: Annotated[int, Field(ge=1)] = 64
     batch_size: Annotated[int, Field(ge=1)] = 256
     keep: Literal["examples", "all", "none"] = "examples"
@@ -179,6 +62,67 @@ class Plan(_Entry):
             if names.count(name) > 1:
                 raise ValueError(f"expected targets of different names, got {name!r} twice; rename one, with make=")
         return self
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> Plan:
+        above: list[str] = []
+        for entry in self.targets:
+            for name in entry.of or ():
+                if name not in above:
+                    raise ValueError(f"targets.{entry.name}.of: {name!r} is no target further up; there are {above}")
+            above.append(entry.name)
+        for place, transfer in enumerate(self.transfer or ()):
+            for key in ("sources", "victims"):
+                names = getattr(transfer, key)
+                for name in names if isinstance(names, list) else ():
+                    if name not in above:
+                        raise ValueError(f"transfer[{place}].{key}: {name!r} is no target of the plan; it has {above}")
+                    if names.count(name) > 1:
+                        raise ValueError(f"transfer[{place}].{key}: {name!r} is there twice")
+        if self.transfer is not None:
+            self._check_part(above)
+        return self
+
+    def _check_part(self, names: list[str]) -> None:
+        """Refuses a transfer in which a target has no part, and ensembles that differ and would have one name."""
+        ensembles = [entry for transfer in self.transfer or () for entry in transfer.ensembles()]
+        part = {name for entry in (*self.targets, *ensembles) for name in entry.of or ()}
+        part |= {name for transfer in self.transfer or () for name in (*transfer.source_names(), *transfer.victims)}
+        for name in names:
+            if name not in part:
+                raise ValueError(
+                    f"the target {name!r} is no source, victim or member; name it in transfer, or remove it"
+                )
+        for one in ensembles:
+            if any(one.name == other.name and one.of != other.of for other in (*ensembles, *self.targets)):
+                raise ValueError(
+                    f"expected one target of the name {one.name!r}; rename it, or write one transfer of two"
+                )
+
+    def all_targets(self) -> list[TargetEntry]:
+        """Returns the targets, and the ensembles that leave one out."""
+        left_out = [entry for transfer in self.transfer or () for entry in transfer.ensembles()]
+        return [*self.targets, *{entry.name: entry for entry in left_out}.values()]
+
+    def members(self) -> dict[str, list[str]]:
+        """Returns what targets are made of, by name: all that `of` leads to."""
+        found: dict[str, list[str]] = {}
+        for entry in self.all_targets():  # members stand further up
+            direct = entry.of or ()
+            found[entry.name] = list(dict.fromkeys([*direct, *(name for one in direct for name in found[one])]))
+        return {name: members for name, members in found.items() if members}
+
+    def attacked(self) -> list[TargetEntry]:
+        """Returns the targets that are attacked: the sources where there is a transfer, else all."""
+        if self.transfer is None:
+            return list(self.targets)
+        sources = [name for transfer in self.transfer for name in transfer.source_names()]
+        return [entry for entry in self.all_targets() if entry.name in sources]
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Returns (source, victim) names of all transfers, each once and no source with itself."""
+        found = [(s, v) for transfer in self.transfer or () for s in transfer.source_names() for v in transfer.victims]
+        return [pair for pair in dict.fromkeys(found) if pair[0] != pair[1]]
 
 
 def load_plan(source: Mapping[str, Any] | str | Path) -> tuple[Plan, str]:
@@ -203,6 +147,7 @@ def load_plan(source: Mapping[str, Any] | str | Path) -> tuple[Plan, str]:
             "targets": TargetEntry,
             "datasets": DatasetEntry,
             "threats": ThreatEntry,
+            "transfer": TransferEntry,
         }
         other = "; this looks like a training plan: robplug train runs it" if "model" in content else ""
         raise PlanError(where, problems(error, tables) + other) from None

@@ -42,6 +42,8 @@ def cell_record(job: Job, number: int, store: CellStore) -> dict[str, Any]:
         "key": job.key,
         "index": number,
         "target": cell.target.name,
+        "source": None if cell.source is None else cell.source.target.name,
+        "swept": cell.swept,
         "dataset": job.dataset.name,
         "attack": cell.spec.name,
         "label": cell.label,
@@ -90,6 +92,11 @@ def provenance(plan: Plan, where: str) -> dict[str, Any]:
     return {
         "robplug": metadata.version("robplug"),
         "plan": plan.model_dump(mode="json"),
+        "transfers": [
+            {"sources": transfer.source_names(), "victims": transfer.victims, "count": transfer.count}
+            for transfer in plan.transfer or ()
+        ],
+        "members": plan.members(),
         "plan_file": where,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from robplug.referee.entries import list_attacks
 from robplug.referee.rundir import Run, load_run
 from robplug.referee.store import write_atomically, write_json
 from robplug.referee.summary import Summary, cells_of, summarise
@@ -72,7 +73,7 @@ class Results:
         return write_report(self.path, path)
 
     def export(self) -> list[Path]:
-        """Writes summary.json, summary.csv, samples.csv and worst-case.csv into the run directory.
+        """Writes summary.json, summary.csv, samples.csv, worst-case.csv and transfer.csv into the run directory.
 
         Returns:
             Their paths.
@@ -80,23 +81,28 @@ class Results:
         summary = self._summary
         content = {"schema_version": SUMMARY_SCHEMA_VERSION, **dataclasses.asdict(summary)}
         write_json(self.path / "summary.json", content)
-        names = ("summary.csv", "samples.csv", "worst-case.csv")
-        tables = (_summary_rows(summary), _sample_rows(self._rows(), summary), _worst_rows(self._run, summary))
+        names = ["summary.csv", "samples.csv", "worst-case.csv"]
+        tables = [_summary_rows(summary), _sample_rows(self._rows(), summary), _worst_rows(self._run, summary)]
+        if summary.matrices:
+            names.append("transfer.csv")
+            tables.append(_transfer_rows(summary))
         for name, rows in zip(names, tables, strict=True):
             _write_csv(self.path / name, rows)
         return [self.path / name for name in ("summary.json", *names)]
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         targets = {cell.key: self._summary.subjects[cell.subject].target for cell in self._summary.cells}
-        names = {cell.key: self._summary.attack(cell.attack).name for cell in self._summary.cells}
-        for cell in self._run.cells:
+        numbers = list_attacks(self._run.cells)[1]
+        names = [self._summary.attack(number).name for number in numbers]
+        for cell, name in zip(self._run.cells, names, strict=True):
             record, threat = cell.record, cell.record["threat"]
             which = {
                 "key": record["key"],
-                "target": targets[record["key"]],
+                "target": targets.get(record["key"], cell.target),
+                "source": cell.source if cell.transferred else None,
                 "dataset": record["dataset"],
                 "attack": record["attack"],
-                "label": names[record["key"]],
+                "label": name,
                 "mode": record["mode"],
                 "norm": threat["norm"],
                 "eps": threat["eps"],
@@ -185,6 +191,27 @@ def _worst_rows(run: Run, summary: Summary) -> Iterator[dict[str, Any]]:
                 "sample": sample,
                 "status": str(found.status[i]),
                 "broken_by": "; ".join(summary.attack(number).name for number in by),
+            }
+
+
+def _transfer_rows(summary: Summary) -> Iterator[dict[str, Any]]:
+    for matrix in summary.matrices:
+        for entry in matrix.entries:
+            yield {
+                "transfer": matrix.number,
+                "dataset": matrix.dataset,
+                "norm": matrix.norm,
+                "eps": matrix.eps,
+                "targeted": matrix.targeted,
+                "goal_rule": matrix.goal_rule,
+                "source": entry.source,
+                "attack": summary.attack(entry.attack).name,
+                "victim": entry.victim,
+                "white_box": entry.white_box,
+                "counted": entry.counted,
+                "broken": entry.broken,
+                "unresolved": entry.unresolved,
+                **_rate("success", entry.success),
             }
 
 

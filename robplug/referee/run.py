@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from robplug.interrupt import deferred_interrupt
@@ -16,18 +15,17 @@ from robplug.isolation import cpu_threads, seeded_globals
 from robplug.referee.guard import Assignment, Outcome, run_guarded
 from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job, goals, prepare
+from robplug.referee.kept import found_elsewhere, keep_samples
 from robplug.referee.plan import Plan, load_plan
 from robplug.referee.records import cell_record, provenance
 from robplug.referee.results import Results
-from robplug.referee.store import CellStore, Store
+from robplug.referee.store import Store
 from robplug.referee.verify import Batch, predict, verify
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.types import SampleResult, ThreatModel
 
 STOPPING = "stopping after this chunk is stored; Ctrl-C again stops now"
-EXAMPLES = 8
-"""Images of a cell that are kept for the report."""
 
 
 class Progress(Protocol):
@@ -83,7 +81,7 @@ def run_plan(
         hear.begin(sum(len(job.dataset) for job in jobs))
         clean = CleanPredictions(settings.batch_size)
         for number, job in enumerate(jobs):
-            for chunk in run_cell(job, number, settings, store.cell(job.key), clean):
+            for chunk in run_cell(job, number, settings, store, clean):
                 hear.advance(f"{job.cell.target.name}: {job.cell.label}", chunk.samples, chunk.done_before)
                 if asked():
                     raise Interrupted(store.path)
@@ -119,14 +117,18 @@ class _Chunk:
     done_before: bool
 
 
-def run_cell(job: Job, number: int, plan: Plan, store: CellStore, clean: CleanPredictions) -> Iterator[_Chunk]:
+def run_cell(job: Job, number: int, plan: Plan, run: Store, clean: CleanPredictions) -> Iterator[_Chunk]:
     """Runs the chunks of a cell that are not finished; yields each chunk."""
-    record = cell_record(job, number, store)
+    store = run.cell(job.key)
     finished = store.finished()
+    if job.keep == "all" and finished and not all(store.has_adversarials(index) for index in finished):
+        store.forget()  # it was run when nobody wanted all its samples, and cannot give them now
+        finished = set()
+    record = cell_record(job, number, store)
     store.write_record(record)
     for index, samples in enumerate(job.chunks(plan.chunk)):
         if index not in finished:
-            done = _run_chunk(job, index, samples, clean.of(job, samples), plan, store)
+            done = _run_chunk(job, index, samples, clean.of(job, samples), plan, run)
             record["chunks"] = [*record["chunks"], done]
             if len(record["chunks"]) == len(job.chunks(plan.chunk)):
                 record["state"] = "finished"
@@ -135,23 +137,23 @@ def run_cell(job: Job, number: int, plan: Plan, store: CellStore, clean: CleanPr
         yield _Chunk(len(samples), index in finished)
 
 
-def _run_chunk(
-    job: Job, index: int, samples: range, prediction: Tensor, plan: Plan, store: CellStore
-) -> dict[str, Any]:
-    """Attacks one chunk, judges and stores it; returns its record."""
-    target = job.target
+def _run_chunk(job: Job, index: int, samples: range, prediction: Tensor, plan: Plan, run: Store) -> dict[str, Any]:
+    """Attacks one chunk, or takes what was found on the source; judges and stores it; returns its record."""
+    target, store = job.target, run.cell(job.key)
     batch = _batch(job, samples, prediction)
     threat = replace(job.cell.threat, bounds=target.bounds)
     heartbeat = Heartbeat(store.heartbeat_path(index))
-    if heartbeat.begin():
-        outcome = _attack(job, batch, threat, heartbeat)
-    else:
+    if not heartbeat.begin():
         outcome = Outcome(error="killed twice at the same point (out of memory, or a crash in native code?)")
+    elif job.source is not None:
+        batch, outcome = found_elsewhere(batch, run.cell(job.source.key).adversarials(index))
+    else:
+        outcome = _attack(job, batch, threat, heartbeat)
     rows = _judge(job, batch, threat, outcome, plan.batch_size)
     store.write_rows(index, rows)
     if outcome.trace:
         store.write_text(f"traceback-{index:05d}.txt", outcome.trace)
-    _keep_images(plan.keep, index, batch, rows, outcome, store)
+    keep_samples(job.keep, index, batch, rows, outcome, store)
     return {
         "index": index,
         "samples": len(samples),
@@ -214,26 +216,3 @@ def _attack(job: Job, batch: Batch, threat: ThreatModel, heartbeat: Heartbeat) -
             beat=heartbeat.beat,
         )
     )
-
-
-def _keep_images(
-    keep: str, index: int, batch: Batch, rows: list[SampleResult], outcome: Outcome, store: CellStore
-) -> None:
-    """Stores adversarial images: all, or a few of the first chunk with the broken ones first."""
-    x_adv = getattr(outcome.perturbed, "x_adv", None)
-    judged = [row for row in rows if row.status in ("broken", "robust")]
-    if not judged or not isinstance(x_adv, Tensor) or keep == "none" or (keep == "examples" and index > 0):
-        return
-    if keep == "examples":
-        judged = sorted(judged, key=lambda row: row.status != "broken")[:EXAMPLES]
-    place = {batch.ids[i]: k for k, i in enumerate(batch.attacked.nonzero().flatten().tolist())}
-    rows_of = [place[row.sample] for row in judged]
-    arrays = {
-        "sample": np.array([row.sample for row in judged], dtype=np.int64),
-        "x": batch.x[batch.attacked][rows_of].float().cpu().numpy(),
-        "x_adv": x_adv.detach()[rows_of].float().cpu().numpy(),
-    }
-    if keep == "all":
-        store.write_arrays(f"adversarials-{index:05d}.safetensors", arrays)
-    if index == 0:
-        store.write_arrays("examples.safetensors", {name: array[:EXAMPLES] for name, array in arrays.items()})

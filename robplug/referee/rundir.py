@@ -47,6 +47,21 @@ class StoredCell:
     table: pa.Table
 
     @property
+    def target(self) -> str:
+        """Name of the model that judges."""
+        return printable(self.record["target"])
+
+    @property
+    def source(self) -> str:
+        """Name of the model that was attacked."""
+        return printable(self.record.get("source") or self.record["target"])
+
+    @property
+    def transferred(self) -> bool:
+        """Whether its adversarial samples were made on another model."""
+        return bool(self.record.get("source"))
+
+    @property
     def minimal(self) -> bool:
         """Whether the attack looked for the smallest distance."""
         return bool(self.record["budget"] == "minimal")
@@ -130,9 +145,19 @@ class Run:
     left_aside: int
 
     @property
+    def own(self) -> tuple[StoredCell, ...]:
+        """The cells whose attack was made on the model that judges it."""
+        return tuple(cell for cell in self.cells if not cell.transferred)
+
+    @property
     def finished(self) -> bool:
         """Whether every cell has all its rows."""
         return self.not_begun == 0 and all(cell.finished for cell in self.cells)
+
+
+def printable(name: str) -> str:
+    """Returns a name without signs that could steer a terminal: a run may come from somebody else."""
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in name)
 
 
 def load_run(path: str | Path) -> Run:

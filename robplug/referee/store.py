@@ -5,6 +5,7 @@
     out/cells/<key>/samples-00000.parquet    a row per sample, a file per chunk
     out/cells/<key>/started-00000            left by a chunk that has begun; holds the number of its starts
     out/cells/<key>/examples.safetensors     some images, for the report
+    out/cells/<key>/adversarials-00000.safetensors   all adversarial samples of a chunk, where they are kept
 
 Every file is written under a temporary name, synced and renamed, so that a reader sees the old content or the new.
 """
@@ -17,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,9 @@ from filelock import FileLock, Timeout
 
 from robplug.errors import StoreError
 from robplug.types import SampleResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
@@ -139,6 +143,38 @@ class CellStore:
         from safetensors.numpy import save
 
         write_atomically(self.path / name, lambda path: path.write_bytes(save(dict(arrays))))
+
+    def has_adversarials(self, chunk: int) -> bool:
+        """Returns whether the adversarial samples of a chunk are stored."""
+        return self._file("adversarials", chunk, ".safetensors").exists()
+
+    def write_adversarials(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the adversarial samples of a chunk."""
+        from safetensors.torch import save
+
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        write_atomically(self._file("adversarials", chunk, ".safetensors"), lambda path: path.write_bytes(content))
+
+    def adversarials(self, chunk: int) -> dict[str, Tensor]:
+        """Returns the adversarial samples of a chunk.
+
+        Raises:
+            StoreError: they are missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = self._file("adversarials", chunk, ".safetensors")
+        with explained(path):
+            try:
+                return load(path.read_bytes())
+            except SafetensorError as error:
+                raise StoreError(path, f"is damaged ({error}); remove {self.path} to run this cell again") from None
+
+    def forget(self) -> None:
+        """Removes cell.json, so that the cell begins anew."""
+        with explained(self.path):
+            (self.path / "cell.json").unlink(missing_ok=True)
 
     def heartbeat_path(self, chunk: int) -> Path:
         """Returns where a running chunk leaves its heartbeat."""

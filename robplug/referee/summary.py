@@ -12,10 +12,22 @@ import numpy as np
 
 from robplug.referee.entries import Attack, Subject, list_attacks, list_subjects
 from robplug.referee.rundir import Reading, Run, StoredCell, load_run
+from robplug.referee.transfer import Entry, Matrix, matrices
 from robplug.referee.wilson import Rate, wilson
 from robplug.referee.worst import WorstCase, worst_case
 
-__all__ = ["Attack", "CellSummary", "Claim", "Cost", "Subject", "Summary", "load_run", "summarise"]
+__all__ = [
+    "Attack",
+    "CellSummary",
+    "Claim",
+    "Cost",
+    "Entry",
+    "Matrix",
+    "Subject",
+    "Summary",
+    "load_run",
+    "summarise",
+]
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,8 @@ class Summary:
         attacks: by number, which starts at 1.
         cells: one entry a cell and radius.
         worst_cases: one entry a subject and radius.
+        incomplete: cells that have begun and lack rows.
+        matrices: one a transfer, threat and radius.
     """
 
     finished: bool
@@ -128,6 +142,8 @@ class Summary:
     attacks: tuple[Attack, ...]
     cells: tuple[CellSummary, ...]
     worst_cases: tuple[WorstCase, ...]
+    incomplete: int
+    matrices: tuple[Matrix, ...]
 
     def attack(self, number: int) -> Attack:
         """Returns the attack of a number."""
@@ -136,12 +152,11 @@ class Summary:
 
 def summarise(run: Run) -> Summary:
     """Computes the numbers of a run."""
-    subjects, subject_of = list_subjects(run.cells)
-    attacks, attack_of = list_attacks(run.cells)
+    attacks, numbers = list_attacks(run.cells)
+    attack_of = [number for cell, number in zip(run.cells, numbers, strict=True) if not cell.transferred]
+    subjects, subject_of = list_subjects(run.own)
     cells = [
-        _cell(cell, reading, subject_of[i], attack_of[i])
-        for i, cell in enumerate(run.cells)
-        for reading in cell.readings
+        _cell(cell, reading, subject_of[i], attack_of[i]) for i, cell in enumerate(run.own) for reading in cell.readings
     ]
     return Summary(
         finished=run.finished,
@@ -149,15 +164,17 @@ def summarise(run: Run) -> Summary:
         left_aside=run.left_aside,
         subjects=subjects,
         attacks=attacks,
-        cells=_with_peers(cells, run.cells),
-        worst_cases=tuple(_worst_cases(run.cells, subject_of, attack_of, len(subjects))),
+        cells=_with_peers(cells, run.own),
+        worst_cases=tuple(_worst_cases(run.own, subject_of, attack_of, len(subjects))),
+        incomplete=sum(not cell.finished for cell in run.cells),
+        matrices=matrices(run, numbers),
     )
 
 
 def cells_of(run: Run, summary: Summary, subject: int) -> tuple[list[StoredCell], list[int]]:
     """Returns the cells of a subject and the numbers of their attacks."""
     attack_of = {cell.key: cell.attack for cell in summary.cells if cell.subject == subject}
-    cells = [cell for cell in run.cells if cell.record["key"] in attack_of]
+    cells = [cell for cell in run.own if cell.record["key"] in attack_of]
     return cells, [attack_of[cell.record["key"]] for cell in cells]
 
 

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from robplug.referee import formats
 from robplug.referee.entries import Subject
-from robplug.referee.summary import CellSummary, Summary
+from robplug.referee.summary import CellSummary, Entry, Matrix, Summary
 from robplug.referee.worst import UNRESOLVED_LIMIT, WorstCase
 
 ALWAYS = ("eps", "robust", "95 % interval", "success", "claimed", "invalid/ error")
 WHERE_THERE_IS_ROOM = ("median distance", "forwards", "backwards", "time")
+ITSELF = "source itself"
 ROOM = 116
 """Columns of a terminal from which on all columns of the table fit without a break in a name."""
 
@@ -41,6 +42,8 @@ class ResultsTable:
             parts.append(_table(self.summary, subject, columns))
             cases = [case for case in self.summary.worst_cases if case.subject == subject.number]
             parts += [_headline(self.summary, case) for case in cases]
+        for matrix in self.summary.matrices:
+            parts += [_matrix_table(self.summary, matrix), Text(_legend(matrix), style="dim")]
         if any(cell.claim.kind != "claim" for cell in self.summary.cells):
             parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
         yield Group(*parts)
@@ -60,6 +63,40 @@ def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Tabl
     for cell in _in_order(summary, subject):
         table.add_row(*(Text(value) for value in _cells(summary, cell)[: len(columns) + 1]))
     return table
+
+
+def _matrix_table(summary: Summary, matrix: Matrix) -> Table:
+    """The table of a transfer: a row a source and attack, a column a victim, shares of broken samples."""
+    title = f"transfer: success on {formats.matrix(matrix)}"
+    table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", overflow="fold")
+    table.add_column("attack", overflow="fold", min_width=13)
+    itself = [ITSELF] if set(matrix.sources) - set(matrix.victims) else []
+    for victim in (*itself, *matrix.victims):
+        table.add_column(Text(victim), justify="right", overflow="fold")
+    for source in matrix.sources:
+        for place, attack in enumerate(matrix.attacks_on(source)):
+            victims = [*(source for _ in itself), *matrix.victims]
+            shares = [_share(matrix.entry(source, attack, victim)) for victim in victims]
+            row = [source if place == 0 else "", summary.attack(attack).name, *shares]
+            table.add_row(*(Text(value) for value in row))
+    return table
+
+
+def _share(entry: Entry | None) -> str:
+    if entry is None:
+        return formats.NONE
+    mark = " \u25a1" if entry.white_box else ""
+    unresolved = f" ?{entry.unresolved}" if entry.unresolved else ""
+    return f"{formats.percent(entry.success.value)}{mark}{unresolved}"
+
+
+def _legend(matrix: Matrix) -> str:
+    counted = formats.counted(matrix)
+    counted += "; no share can be given" if matrix.count == "common" and not matrix.common else ""
+    marks = [" \u25a1 white box"] if any(entry.white_box for entry in matrix.entries) else []
+    marks += [" ?n: n samples without a valid answer"] if any(entry.unresolved for entry in matrix.entries) else []
+    return "; ".join([counted, *(mark.strip() for mark in marks)])
 
 
 def _cells(summary: Summary, cell: CellSummary) -> list[str]:

@@ -29,6 +29,7 @@ class Batch:
         y: (N,) true labels.
         y_goal: (N,) goals, or None.
         prediction: (N,) the model's classes for x.
+        made: (N,) bool, where the adversarial samples were made elsewhere: those that there are.
     """
 
     ids: list[int]
@@ -36,11 +37,13 @@ class Batch:
     y: Tensor
     y_goal: Tensor | None
     prediction: Tensor
+    made: Tensor | None = None
 
     @property
     def attacked(self) -> Tensor:
         """(N,) bool: the samples worth attacking, which are those classified correctly."""
-        return self.prediction == self.y
+        right = self.prediction == self.y
+        return right if self.made is None else right & self.made
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ def verify(
     for i, sample in enumerate(batch.ids):
         goal = -1 if batch.y_goal is None else int(batch.y_goal[i])
         base = {"sample": sample, "y": int(batch.y[i]), "y_goal": goal, "prediction": int(batch.prediction[i])}
-        if not bool(attacked[i]):
+        if base["prediction"] != base["y"]:
             rows.append(_row(base, "misclassified"))
+        elif not bool(attacked[i]):
+            rows.append(_row(base, "unattacked"))
         elif judged is None:
             rows.append(_row(base, "error", note=outcome.error))
         else:

@@ -23,6 +23,8 @@ from robplug.testing.trials import require
 from robplug.types import AttackSpec, DatasetSpec, DefenseSpec, NormSpec, Spec, TargetSpec
 
 PIECES = ("prepare", "augment", "objective", "penalty", "mode", "after_step", "finish")
+BASE = "robplug/resnet20"
+"""What targets that are made of others are made of here."""
 IMAGES = ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 224, 224))
 
 
@@ -82,7 +84,8 @@ def check_logits(spec: TargetSpec) -> None:
         raise SkipTest("it turns other objects into targets")
     if spec.task != "classification":
         raise SkipTest(f"its task is {spec.task}; only classification is checked")
-    target = registry().target(resolve(spec)(**spec.params))
+    members = [registry().target(registry().named_target(BASE))] * {"none": 0, "one": 1, "several": 2}[spec.of]
+    target = registry().target(resolve(spec)(*members, **spec.params))
     with torch.no_grad(), evaluation_mode(target.module):
         for shape in IMAGES:
             x = torch.full((2, *shape), sum(target.bounds) / 2, dtype=target.dtype, device=target.device)

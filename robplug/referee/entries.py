@@ -46,6 +46,9 @@ class Attack:
         needs: gradients, scores or labels.
         budget: fixed or minimal.
         seed: of the plan.
+        swept: the parameter over which the plan sweeps, or "".
+        at: its value, None if there is none or it is no number.
+        family: number of the first attack of its sweep; its own without.
     """
 
     number: int
@@ -55,6 +58,9 @@ class Attack:
     needs: str
     budget: str
     seed: int
+    swept: str = ""
+    at: float | None = None
+    family: int = 0
 
 
 def list_subjects(cells: Sequence[StoredCell]) -> tuple[tuple[Subject, ...], list[int]]:
@@ -102,25 +108,36 @@ def _model_digest(cell: StoredCell) -> str:
 def list_attacks(cells: Sequence[StoredCell]) -> tuple[tuple[Attack, ...], list[int]]:
     """Returns the attacks of a run, and for each cell the number of its attack."""
     places: dict[str, int] = {}
-    number_of = [places.setdefault(_attack_identity(cell), len(places) + 1) for cell in cells]
+    number_of = [places.setdefault(_attack_identity(cell.record), len(places) + 1) for cell in cells]
     first = [cells[number_of.index(number)].record for number in range(1, len(places) + 1)]
+    families: dict[str, int] = {}
     attacks = [
-        Attack(
-            number,
-            printable(record["label"]),
-            printable(record["library"]),
-            record["mode"],
-            record["needs"],
-            record["budget"],
-            record["seed"],
-        )
+        _attack(record, number, families.setdefault(_attack_identity(record, without=record.get("swept", "")), number))
         for number, record in enumerate(first, start=1)
     ]
     return tuple(_told_apart(attacks, [record["params_passed"] for record in first])), number_of
 
 
-def _attack_identity(cell: StoredCell) -> str:
-    return json.dumps([cell.record[name] for name in ("label", "mode", "params_passed", "seed")], sort_keys=True)
+def _attack(record: dict[str, Any], number: int, family: int) -> Attack:
+    swept = record.get("swept", "")
+    value = record["params_passed"].get(swept)
+    return Attack(
+        number,
+        printable(record["label"]),
+        printable(record["library"]),
+        record["mode"],
+        record["needs"],
+        record["budget"],
+        record["seed"],
+        printable(swept),
+        float(value) if isinstance(value, int | float) else None,
+        family,
+    )
+
+
+def _attack_identity(record: dict[str, Any], without: str = "") -> str:
+    params = {name: value for name, value in record["params_passed"].items() if name != without}
+    return json.dumps([record["label"], record["mode"], params, record["seed"], without], sort_keys=True)
 
 
 def _told_apart(attacks: list[Attack], params: list[dict[str, Any]]) -> list[Attack]:

@@ -62,7 +62,7 @@ def curve(
         An ``<svg>`` element.
     """
     limit = _largest_radius(cells, stored)
-    figure, axes = _canvas(270, left=0.12, bottom=0.15, right=0.83, top=0.97)
+    figure, axes = canvas(270, left=0.12, bottom=0.15, right=0.83, top=0.97)
     lines = []
     for number in sorted({cell.attack for cell in cells}):
         own = [cell for cell in cells if cell.attack == number]
@@ -77,7 +77,7 @@ def curve(
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
     axes.grid(axis="y", color=RULE, linewidth=0.6)
-    return _svg(figure, "robust accuracy against the radius")
+    return svg(figure, "robust accuracy against the radius")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summa
     limit = _largest_radius(cells, stored)
     reach = max(limit, min(3 * limit, max(float(np.quantile(one, 0.9)) for _, found in rows for one in found) * 1.05))
     height = 30 * len(rows) + 36
-    figure, axes = _canvas(height, left=0.03, bottom=30 / height, right=0.97, top=1 - 4 / height)
+    figure, axes = canvas(height, left=0.03, bottom=30 / height, right=0.97, top=1 - 4 / height)
     for place, (number, found) in enumerate(rows):
         axes.text(
             0,
@@ -183,7 +183,7 @@ def distances(cells: Sequence[CellSummary], stored: dict[str, StoredCell], summa
     for eps in radii:
         axes.axvline(eps, color=RULE, linewidth=0.8, zorder=0)
     _radius_axis(axes, radii, reach, "distance")
-    return _svg(figure, "distances of the adversarial examples")
+    return svg(figure, "distances of the adversarial examples")
 
 
 def _shortened(name: str) -> str:
@@ -227,7 +227,8 @@ def _radius_axis(axes: Any, radii: list[float], limit: float, name: str) -> None
     axes.set_xticks(ticks, [formats.radius(tick) if tick in labelled else "" for tick in ticks])
 
 
-def _canvas(height: float, **margins: float) -> tuple[Figure, Any]:
+def canvas(height: float, **margins: float) -> tuple[Figure, Any]:
+    """Returns an empty figure of the width of a panel, and its axes."""
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
@@ -237,16 +238,16 @@ def _canvas(height: float, **margins: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _svg(figure: Figure, title: str) -> str:
+def svg(figure: Figure, title: str) -> str:
     """Returns the figure as an element to stand in a page: no prologue, no metadata, no style of its own."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"| id="[A-Za-z0-9.]+_\d+"', "", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", svg, count=1)
+    page = text.getvalue()
+    page = page[page.index("<svg") :]
+    page = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", page, flags=re.DOTALL)
+    page = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"| id="[A-Za-z0-9.]+_\d+"', "", page)
+    page = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", page)
+    page = re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", page, count=1)
     for stand_in, variable in COLOURS.items():
-        svg = svg.replace(stand_in, f"var({variable})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+        page = page.replace(stand_in, f"var({variable})")
+    return page.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

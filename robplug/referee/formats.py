@@ -48,10 +48,16 @@ def threat(subject: Subject) -> str:
     return f"{norm(subject.norm)}{goal}"
 
 
-def matrix(one: Matrix) -> str:
-    """Returns such as ``digits, ℓ∞ ε = 0.1``."""
+def matrix(one: Matrix, summary: Summary) -> str:
+    """Returns such as ``digits, ℓ∞ ε = 0.1``; of several transfers the number comes first."""
     eps = ", any distance" if one.eps is None else f" \u03b5 = {radius(one.eps)}"
-    return f"{one.dataset}, {norm(one.norm)}{eps}{f' targeted ({one.goal_rule})' if one.targeted else ''}"
+    return f"{transferred(one, summary)}{eps}{f' targeted ({one.goal_rule})' if one.targeted else ''}"
+
+
+def transferred(one: Matrix, summary: Summary) -> str:
+    """Returns such as ``digits, ℓ∞``; of several transfers the number comes first."""
+    several = any(other.number != one.number for other in summary.matrices)
+    return f"{f'transfer {one.number + 1}: ' if several else ''}{one.dataset}, {norm(one.norm)}"
 
 
 def counted(one: Matrix) -> str:

@@ -43,7 +43,8 @@ class Outlook:
         eps = "minimal" if threat.eps is None else f"{threat.eps:.4g}"
         passes = ("?" if count is None else f"{count:,}" for count in (self.forwards, self.backwards))
         what = f"{threat.norm} {eps}{' targeted' if threat.targeted else ''}"
-        return (cell.target.name, cell.label, cell.mode, what, f"{self.done:,}/{self.samples:,}", *passes)
+        target = cell.target.name if cell.source is None else f"{cell.source.target.name} \u2192 {cell.target.name}"
+        return (target, cell.label, cell.mode, what, f"{self.done:,}/{self.samples:,}", *passes)
 
 
 def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None) -> list[Outlook]:
@@ -58,10 +59,10 @@ def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None)
         store = CellStore(Path(out or settings.out) / "cells" / job.key[:16])
         record = store.record() or {"chunks": []}
         done = sum(chunk["samples"] for chunk in record["chunks"])
-        passes = _passes(job.cell, job.target.eot)
+        passes = _passes(job.cell, job.target.eot) if job.source is None else 1
         left = len(job.dataset) - done
         forwards = None if passes is None else passes * left
-        backwards = forwards if job.cell.spec.needs == "gradients" else 0
+        backwards = forwards if job.cell.spec.needs == "gradients" and job.source is None else 0
         rows.append(Outlook(job.key, job.cell, len(job.dataset), done, forwards, backwards))
     return rows
 

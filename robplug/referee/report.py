@@ -132,6 +132,7 @@ def _content(run: Run, summary: Summary) -> dict[str, Any]:
         "threats": _by_threat(summary),
         "tables": _tables(summary),
         "panels": [_panel(run, summary, subject) for subject in summary.subjects],
+        "sweeps": _sweeps(summary),
         "params": [_params(run, summary, attack) for attack in summary.attacks],
         "models": _models(run, summary),
         "noted": _noted(summary),
@@ -186,6 +187,16 @@ def _panel(run: Run, summary: Summary, subject: Subject) -> Panel:
         left_out=max(len(examples) - EXAMPLES, 0),
         costs=_costs(cells, summary),
     )
+
+
+def _sweeps(summary: Summary) -> list[tuple[str, Any]]:
+    """Returns title and ``<svg>`` of each curve of the transfers."""
+    from markupsafe import Markup
+
+    from robplug.referee.sweeps import draw, sweeps
+
+    # matplotlib has escaped the names in its text elements
+    return [(sweep.title, Markup(draw(sweep))) for sweep in sweeps(summary)]  # noqa: S704
 
 
 def _examples(cells: Sequence[CellSummary], stored: dict[str, Any], summary: Summary) -> list[tuple[Attack, Any]]:

@@ -82,7 +82,8 @@ def run_plan(
         clean = CleanPredictions(settings.batch_size)
         for number, job in enumerate(jobs):
             for chunk in run_cell(job, number, settings, store, clean):
-                hear.advance(f"{job.cell.target.name}: {job.cell.label}", chunk.samples, chunk.done_before)
+                name = " \u2192 ".join(one.cell.target.name for one in (job.source, job) if one is not None)
+                hear.advance(f"{name}: {job.cell.label}", chunk.samples, chunk.done_before)
                 if asked():
                     raise Interrupted(store.path)
     return Results(store.path)

@@ -67,7 +67,7 @@ def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Tabl
 
 def _matrix_table(summary: Summary, matrix: Matrix) -> Table:
     """The table of a transfer: a row a source and attack, a column a victim, shares of broken samples."""
-    title = f"transfer: success on {formats.matrix(matrix)}"
+    title = f"success on {formats.matrix(matrix, summary)}"
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
     table.add_column("attack", overflow="fold", min_width=13)
@@ -76,8 +76,9 @@ def _matrix_table(summary: Summary, matrix: Matrix) -> Table:
         table.add_column(Text(victim), justify="right", overflow="fold")
     for source in matrix.sources:
         for place, attack in enumerate(matrix.attacks_on(source)):
-            victims = [*(source for _ in itself), *matrix.victims]
-            shares = [_share(matrix.entry(source, attack, victim)) for victim in victims]
+            shares = [_share(matrix.entry(source, attack, victim)) for victim in matrix.victims]
+            if itself:
+                shares.insert(0, "" if source in matrix.victims else _share(matrix.entry(source, attack, source)))
             row = [source if place == 0 else "", summary.attack(attack).name, *shares]
             table.add_row(*(Text(value) for value in row))
     return table
@@ -94,7 +95,7 @@ def _share(entry: Entry | None) -> str:
 def _legend(matrix: Matrix) -> str:
     counted = formats.counted(matrix)
     counted += "; no share can be given" if matrix.count == "common" and not matrix.common else ""
-    marks = [" \u25a1 white box"] if any(entry.white_box for entry in matrix.entries) else []
+    marks = ["\u25a1 white box"] if any(entry.white_box for entry in matrix.entries) else []
     marks += [" ?n: n samples without a valid answer"] if any(entry.unresolved for entry in matrix.entries) else []
     return "; ".join([counted, *(mark.strip() for mark in marks)])
 

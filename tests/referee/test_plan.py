@@ -66,7 +66,7 @@ def test_harmonised_parameters_follow_the_bounds_of_the_data() -> None:
         ({"targets": []}, "targets"),
         (
             {"targets": [{"name": "a", "make": "m", "of": ["b"]}, {"name": "b", "make": "n"}]},
-            "'b' is no target further up",
+            "'b' is no target furth",
         ),
         ({"transfer": [{"sources": ["mine"], "victims": ["yours"]}]}, r"transfer\[0\].victims: 'yours' is no target"),
         ({"transfer": [{"sources": ["mine", "mine"], "victims": ["mine"]}]}, "'mine' is there twice"),

@@ -248,21 +248,19 @@ def test_goals_are_those_of_the_source(tmp_path: Path) -> None:
 
 
 def test_a_minimal_attack_is_read_at_the_radius(tmp_path: Path) -> None:
-    plan = {**PLAN, "threats": [{"norm": "l2", "eps": [0.5, 1.5]}], "attacks": [{"name": "foolbox/deepfool-l2"}]}
-    plan["attacks"] = [{"name": "foolbox/l2-deep-fool"}]
-    names = [spec.name for spec in registry().specs("attack") if spec.budget == "minimal" and "l2" in spec.norms]
-    plan["attacks"] = [{"name": next(name for name in names if name.startswith("foolbox/") and "deep" in name)}]
-    results = robplug.evaluate(plan, out=tmp_path)
-    for matrix in results.summary().matrices:
+    threats, attacks = [{"norm": "l2", "eps": [0.5, 1.5]}], [{"name": "torchattacks/deep-fool", "overshoot": 1.0}]
+    results = robplug.evaluate({**PLAN, "threats": threats, "attacks": attacks}, out=tmp_path)
+    found = {(row["source"] or row["target"], row["target"], row["sample"]): row for row in results.rows()}
+    wrong = {key[2] for key, row in found.items() if row["prediction"] != row["y"]}
+    common = [sample for sample in range(168) if sample not in wrong]
+    few, many = results.summary().matrices
+    assert (few.eps, many.eps, few.common) == (0.5, 1.5, len(common))
+    for matrix in (few, many):
         for entry in matrix.entries:
-            own = [
-                row
-                for row in results.rows()
-                if (row["source"] or row["target"], row["target"]) == (entry.source, entry.victim)
-            ]
-            near = [row for row in own if row["status"] == "broken" and row["distance"] <= (matrix.eps or 0) * 1.00001]
-            assert entry.broken <= len(near)
-            assert entry.broken >= len(near) - (96 - matrix.common)
+            judged = [found[entry.source, entry.victim, sample] for sample in common]
+            near = [row for row in judged if row["status"] == "broken" and row["distance"] <= (matrix.eps or 0) + 1e-6]
+            assert entry.broken == len(near)
+    assert sum(entry.broken for entry in few.entries) < sum(entry.broken for entry in many.entries)
 
 
 def test_witnesses_and_single_samples_come_back(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
 from robplug.inputs import check_batch
-from robplug.loop import Problem, Steps, ascend
+from robplug.loop import Problem, Steps, Transform, ascend
 from robplug.norms import Ball
 from robplug.plugins import registry
 from robplug.rng import Rng
@@ -53,6 +53,9 @@ class PGD:
         random_start: start from a random point of the ball.
         restarts: number of starts.
         early_stop: broken samples leave the batch; off where the last iterate itself is wanted.
+        transform: applied to the images before each gradient, such as input diversity: a function of the images and of
+            a `robplug.rng.Rng`, a stream per sample. Plans cannot name one. On its account no sample leaves the batch.
+        draws: number of transforms whose gradients are averaged in a step.
     """
 
     steps: int = 20
@@ -60,9 +63,15 @@ class PGD:
     random_start: bool = True
     restarts: int = 1
     early_stop: bool = True
+    transform: Transform | None = None
+    draws: int = 1
 
     def __post_init__(self) -> None:
-        Steps(steps=self.steps, step_size=self.step_size or 0.0, restarts=self.restarts)  # refuses what makes no sense
+        # refuses what makes no sense
+        Steps(steps=self.steps, step_size=self.step_size or 0.0, restarts=self.restarts, draws=self.draws)
+        if self.transform is not None and not callable(self.transform):
+            remedy = "give it in Python; a plan names no functions"
+            raise InputError("a transform that is a function of images and streams", repr(self.transform), remedy)
 
     def run(
         self,
@@ -82,6 +91,8 @@ class PGD:
             random_start=self.random_start,
             restarts=self.restarts,
             early_stop=self.early_stop,
+            transform=self.transform,
+            draws=self.draws,
         )
         return ascend(make_problem(target, x, y, threat, rng, y_goal), how)
 

@@ -15,6 +15,8 @@ import torch
 from robplug.errors import InputError
 
 _U64 = 1 << 64
+EVERYONE = _U64 - 1
+"""The id of the stream that all samples share; no sample has it."""
 
 
 class Rng:
@@ -42,7 +44,7 @@ class Rng:
         self.restart = restart
         self._calls = 0
         # shared with all selections, so that a stream goes on where any of them has left it
-        self._pool: list[np.random.Generator | None] = [None] * len(self.ids)
+        self._pool: list[np.random.Generator | None] = [None] * (len(self.ids) + 1)  # the last is everyone's
         self._places: Sequence[int] = range(len(self.ids))
 
     def __len__(self) -> int:
@@ -67,6 +69,16 @@ class Rng:
         part = copy.copy(self)  # the pool stays shared
         part.ids = tuple(self.ids[row] for row in rows)
         part._places = [self._places[row] for row in rows]
+        return part
+
+    def shared(self) -> Rng:
+        """Returns the one stream of all samples with this seed and restart, whatever batch they are in.
+
+        For draws that a whole batch has in common: each batch draws the same ones, so that a sample's do not depend on
+        its neighbours. They are (1, *shape) and go on where they are.
+        """
+        part = copy.copy(self)  # the pool stays shared
+        part.ids, part._places = (EVERYONE,), [-1]
         return part
 
     def at_restart(self, restart: int) -> Rng:

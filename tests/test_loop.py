@@ -145,6 +145,32 @@ def test_transforms_are_averaged_over_draws() -> None:
     assert len(set(seen)) == 6
 
 
+def test_pgd_takes_a_transform_and_draws() -> None:
+    model = linear(3)
+    target = robplug.target(model)
+    x = torch.rand(3, 1, 4, 4, dtype=torch.float64)
+    y = model(x).argmax(1)
+    calls = []
+
+    def flipped(images: Tensor, rng: Rng) -> Tensor:
+        calls.append(rng.ids)
+        return images.flip(3)
+
+    threat = robplug.ThreatModel("linf", 0.1)
+    options = {"steps": 4, "random_start": False, "early_stop": False}
+    seen = robplug.attack("robplug/pgd", transform=flipped, draws=2, **options)
+    mirrored = robplug.target(nn.Sequential(Flip(), model))
+    plain = robplug.attack("robplug/pgd", **options)
+    found, expected = (a.run(t, x, y, threat, Rng(0, range(3))).x_adv for a, t in ((seen, target), (plain, mirrored)))
+    torch.testing.assert_close(found, expected)
+    assert calls == 8 * [(0, 1, 2)]
+
+
+class Flip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(3)
+
+
 def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     model = Decisive().double()
     target = robplug.target(model)
@@ -183,5 +209,9 @@ def test_bad_input_is_named() -> None:
             attack.run(target, bad_x, bad_y, bad_threat, rng)
     with pytest.raises(ThreatError, match="scores"):
         attack.run(robplug.target(linear().float(), offers="scores"), x, y, threat, rng)
+    with pytest.raises(InputError, match="draws >= 1, got 0"):
+        robplug.attack("robplug/pgd", draws=0)
+    with pytest.raises(InputError, match="function of images and streams, got 'flip'; give it in Python"):
+        robplug.attack("robplug/pgd", transform="flip")
     with pytest.raises(InputError, match="steps >= 1, got 0"):
         robplug.attack("robplug/pgd", steps=0, step_size=0.1).run(target, x, y, threat, rng)

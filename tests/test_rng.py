@@ -75,6 +75,19 @@ def test_selected_streams_go_on_where_they_are(draw):
     assert (part.ids, len(part), part.seed, part.restart) == ((4, 6), 2, 0, 0)
 
 
+@each_draw
+def test_the_shared_stream_is_the_same_in_every_batch_and_goes_on_in_selections(draw):
+    rng, other = Rng(0, [4, 5, 6]), Rng(0, [9])
+    expected = [draw(other.shared()) for _ in range(3)]
+    got = [draw(rng.shared()), draw(rng.select(torch.tensor([False, True, False])).shared()), draw(rng.shared())]
+
+    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
+    assert expected[0].shape == (1, 2, 3) and not torch.equal(expected[0], expected[1])
+    assert torch.equal(draw(rng), draw(Rng(0, [4, 5, 6])))  # the samples' own streams are not touched
+    assert not torch.equal(draw(Rng(0, [4], restart=1).shared()), expected[0])
+    assert torch.equal(draw(Rng(0, []).shared()), expected[0])
+
+
 def test_a_restart_begins_anew_whatever_was_drawn_before():
     rng = Rng(0, [1, 2])
     rng.normal((5,), like=LIKE)

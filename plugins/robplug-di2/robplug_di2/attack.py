@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from robplug.attacks import make_problem, radius
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Steps, Transform, ascend
+from robplug.loop import Steps, ascend
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
@@ -45,7 +46,7 @@ class MomentumDiverseFGSM(InputDiversity):
         super().__post_init__()
         if not 0 <= self.momentum < float("inf"):
             raise InputError("a finite momentum >= 0", self.momentum)
-        self._steps(8 / 255, 1.0)  # refuses what makes no sense
+        self._steps(8 / 255, (0.0, 1.0))  # refuses what makes no sense
 
     def run(
         self,
@@ -65,11 +66,12 @@ class MomentumDiverseFGSM(InputDiversity):
         """
         if threat.norm != "linf":
             raise ThreatError(f"expected a threat with norm linf, got {threat.norm!r}; its steps are signs")
-        how = self._steps(radius(threat), threat.bounds[1] - threat.bounds[0], self.transform(rng, threat.bounds))
+        how = self._steps(radius(threat), threat.bounds)
         with self.explaining(target, x):
             return ascend(make_problem(target, x, y, threat, rng, y_goal), how)
 
-    def _steps(self, eps: float, width: float, transform: Transform | None = None) -> Steps:
+    def _steps(self, eps: float, bounds: tuple[float, float]) -> Steps:
+        width = bounds[1] - bounds[0]
         levels = 255 * eps / width
         steps = max(1, int(min(levels + 4, 1.25 * levels) + 1e-9)) if self.steps is None else self.steps
         return Steps(
@@ -78,7 +80,7 @@ class MomentumDiverseFGSM(InputDiversity):
             momentum=self.momentum,
             random_start=self.random_start,
             early_stop=False,
-            transform=transform,
+            transform=partial(self, bounds=bounds) if self.p else None,
             draws=self.draws,
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robplug.attacks import make_problem
 from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem, Transform, lead
+from robplug.loop import Problem, lead
 from robplug.rng import Rng
 from robplug.targets import Target, settled
 from robplug.types import Perturbed, ThreatModel
@@ -83,19 +83,19 @@ class DiverseCarliniWagner(InputDiversity):
         search = _Search(problem, x.detach(), self.confidence)
         if len(x):
             with self.explaining(target, x), settled(target.module):
-                self._search_constants(search, self.transform(rng, threat.bounds))
+                self._search_constants(search)
         return Perturbed(search.best, None, search.lead > 0)
 
-    def _search_constants(self, search: _Search, transform: Transform | None) -> None:
+    def _search_constants(self, search: _Search) -> None:
         count = len(search.x)
         const = search.x.new_full((count,), self.initial_const)
         lower, upper = torch.zeros_like(const), torch.full_like(const, torch.inf)
         for _ in range(self.binary_search_steps):
-            reached = self._descend(search, const, transform)
+            reached = self._descend(search, const)
             lower, upper = torch.where(reached, lower, const), torch.where(reached, const, upper)
             const = torch.where(upper.isinf(), 10 * const, (lower + upper) / 2)
 
-    def _descend(self, search: _Search, const: Tensor, transform: Transform | None) -> Tensor:
+    def _descend(self, search: _Search, const: Tensor) -> Tensor:
         """Takes all steps for one constant per sample; returns (N,) whether an iterate reached the confidence."""
         w = search.start().requires_grad_()
         adam = torch.optim.Adam([w], lr=self.step_size)
@@ -103,7 +103,7 @@ class DiverseCarliniWagner(InputDiversity):
         for _ in range(self.steps):
             with torch.enable_grad():
                 x_adv = search.image(w)
-                seen = x_adv if transform is None else transform(x_adv, search.problem.rng)
+                seen = self(x_adv, search.problem.rng, search.problem.target.bounds)
                 lead, sure = search.leads(seen)
                 size = (x_adv - search.x).div(search.width).flatten(1).square().sum(1)
                 loss = size + const * (self.confidence - lead).clamp_min(0.0)

@@ -13,15 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robplug.errors import InputError
-from robplug.loop import Transform
 from robplug.rng import Rng
 from robplug.targets import Target
 from robplug_di2.kernels.ops import Mode, resize_pad
 
 Padding = Literal["grey", "zero"]
-
-EVERYONE = 2**64 - 1
-"""The stream that all samples share; no sample has this id."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +26,15 @@ class InputDiversity:
 
     Of S lines, rnd are made, drawn from [S, M) with M = S * 330/299, and put at an offset from [0, M - rnd) on M lines:
     the result is larger than the image, so that only a model that takes any size can be asked about it. Rows and
-    columns share one draw of the size and have an offset each. The attacks of this plugin derive from this class; with
-    others it is a transform of `robplug.loop.Steps`::
+    columns share one draw of the size and have an offset each. The attacks of this plugin derive from this class; an
+    object of it is a transform for others, such as PGD::
 
-        Steps(10, step_size=2 / 255, transform=InputDiversity().transform(rng))
+        robplug.attack("robplug/pgd", transform=InputDiversity())
 
     Source: Xie et al. 2019, Improving Transferability of Adversarial Examples with Input Diversity, eq. 5 and section
         4.1; the authors' code, where the text is silent or says otherwise: both intervals are open at the end, and what
         the text calls zeros are zeros of [-1, 1], a grey.
-    Differs: the authors draw anew for each batch. Here all samples of one ``rng`` share one sequence of draws, whatever
+    Differs: the authors draw anew for each batch. Here all samples of one seed share one sequence of draws, whatever
         batch they come in: within a batch that is the same, but a sample's result does not depend on its neighbours,
         and batches of one run are diversified alike. Images that are not square keep their proportions.
 
@@ -72,39 +68,23 @@ class InputDiversity:
             remedy = "set resize_back=True, a ratio below 1, p=1 or per_sample=False"
             raise InputError("samples of one size in a batch", "per_sample=True, which would mix two", remedy)
 
-    def transform(self, rng: Rng, bounds: tuple[float, float] = (0.0, 1.0)) -> Transform | None:
-        """Returns a transform for one run of `robplug.loop.ascend`, or None if p is 0.
-
-        It maps images (N, C, H, W) to (N, C, M, M'), or (N, C, H, W) with ``resize_back`` or a ratio below 1; the dtype
-        stays. Differentiable any number of times.
+    def __call__(self, x: Tensor, rng: Rng, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Transforms a batch with the next draws of ``rng``.
 
         Args:
-            rng: the streams of the run; they say what the shared draws are. Per-sample draws come from the
-                streams that `ascend` hands over.
+            x: (N, C, H, W) images.
+            rng: a stream per sample, and the one that they share.
             bounds: of the data, for their middle.
 
+        Returns:
+            (N, C, M, M'), or (N, C, H, W) with ``resize_back`` or a ratio below 1; x itself where nothing was drawn.
+            The dtype stays. Differentiable any number of times.
+
         Raises:
-            InputError: the padding is outside of the bounds; when called, x is no batch of images.
+            InputError: x is no batch of images, or the padding is outside of the bounds.
         """
-        low, high = bounds
-        fill = (low + high) / 2 if self.padding == "grey" else 0.0
-        if not low <= fill <= high:
-            raise InputError(f"a padding inside the bounds {bounds}", fill, "set padding='grey'")
         if self.p == 0:
-            return None
-        shared = Rng(rng.seed, [EVERYONE], rng.restart)
-
-        def diverse(x: Tensor, streams: Rng) -> Tensor:
-            return self._apply(x, streams if self.per_sample else shared, fill)
-
-        return diverse
-
-    def sides(self, side: int) -> tuple[int, int]:
-        """Returns the sizes (low, high) of a side: it is resized to [low, high) lines, and padded to high."""
-        scaled = int(side * self.ratio + 1e-9)  # 299 * (330 / 299) is just below 330
-        return (side, scaled) if self.ratio > 1 else (max(scaled, 1), side)
-
-    def _apply(self, x: Tensor, streams: Rng, fill: float) -> Tensor:
+            return x
         if x.dim() != 4:
             raise InputError("images (N, C, H, W) to resize", tuple(x.shape), "p=0 does without")
         low, high = (torch.tensor(sides) for sides in zip(*map(self.sides, x.shape[2:]), strict=True))
@@ -114,7 +94,9 @@ class InputDiversity:
                 f"images of {_by(x.shape[2:])} are too small for a ratio of {self.ratio:.4g}; {remedy}", stacklevel=2
             )
             return x
+        fill = self._fill(bounds)
         # on the CPU, where the streams are: the GPU need not wait
+        streams = rng if self.per_sample else rng.shared()
         draws = streams.uniform((4,), like=torch.empty((), dtype=torch.float64))
         moved = draws[:, 0] < self.p
         if not bool(moved.any()):
@@ -128,6 +110,18 @@ class InputDiversity:
                 out, x.shape[2:], mode=self.mode, align_corners=False if self.mode == "bilinear" else None
             )
         return out if bool(moved.all()) else torch.where(moved.to(x.device).view(-1, 1, 1, 1), out, x)
+
+    def sides(self, side: int) -> tuple[int, int]:
+        """Returns the sizes (low, high) of a side: it is resized to [low, high) lines, and padded to high."""
+        scaled = int(side * self.ratio + 1e-9)  # 299 * (330 / 299) is just below 330
+        return (side, scaled) if self.ratio > 1 else (max(scaled, 1), side)
+
+    def _fill(self, bounds: tuple[float, float]) -> float:
+        low, high = bounds
+        fill = (low + high) / 2 if self.padding == "grey" else 0.0
+        if not low <= fill <= high:
+            raise InputError(f"a padding inside the bounds {bounds}", fill, "set padding='grey'")
+        return fill
 
     @contextmanager
     def explaining(self, target: Target, x: Tensor) -> Iterator[None]:

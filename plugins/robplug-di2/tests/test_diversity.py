@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 import robplug
 from robplug.errors import InputError
-from robplug.loop import Problem, Steps, ascend
-from robplug.norms import LINF
 from robplug.rng import Rng
+from robplug.types import Attack
 from robplug_di2 import InputDiversity
 
 X = torch.rand(6, 3, 20, 20)
@@ -18,9 +17,7 @@ X = torch.rand(6, 3, 20, 20)
 
 def views(diversity: InputDiversity, count: int, x: Tensor = X, seed: int = 0) -> list[Tensor]:
     rng = Rng(seed, range(len(x)))
-    transform = diversity.transform(rng)
-    assert transform is not None
-    return [transform(x, rng) for _ in range(count)]
+    return [diversity(x, rng) for _ in range(count)]
 
 
 def boxes(view: Tensor, fill: float = 0.5) -> list[list[int]]:
@@ -50,7 +47,7 @@ def test_draws_are_uniform_over_the_papers_intervals() -> None:
 def test_p_is_the_share_of_steps() -> None:
     whole = [view is X for view in views(InputDiversity(p=0.3), 500)]
     assert sum(whole) == pytest.approx(350, abs=40)
-    assert InputDiversity(p=0.0).transform(Rng(0, range(6))) is None
+    assert views(InputDiversity(p=0.0), 1)[0] is X
     assert all(view.shape == (6, 3, 22, 22) for view in views(InputDiversity(p=1.0), 50))
 
 
@@ -59,9 +56,7 @@ def test_one_draw_for_all_samples_whatever_their_batch() -> None:
     for view in together:
         assert len({tuple(box) for box in boxes(view)}) == 1
     rng = Rng(0, [4])
-    transform = InputDiversity().transform(rng)
-    assert transform is not None
-    alone = [transform(X[4:5], rng) for _ in range(30)]
+    alone = [InputDiversity()(X[4:5], rng) for _ in range(30)]
     assert all(torch.equal(one[4:5], other) for one, other in zip(together, alone, strict=True))
     other = views(InputDiversity(), 30, seed=1)
     assert any(one.shape != two.shape or not torch.equal(one, two) for one, two in zip(together, other, strict=True))
@@ -78,9 +73,7 @@ def test_one_draw_for_all_samples_whatever_their_batch() -> None:
 def test_draws_of_each_sample(diversity: InputDiversity) -> None:
     for number, view in enumerate(views(diversity, 20)):
         rng = Rng(0, [4])
-        transform = diversity.transform(rng)
-        assert transform is not None
-        alone = [transform(X[4:5], rng) for _ in range(number + 1)][-1]
+        alone = [diversity(X[4:5], rng) for _ in range(number + 1)][-1]
         assert torch.equal(view[4:5], alone)
     if diversity.p < 1:
         left = torch.stack([(view == X).flatten(1).all(1) for view in views(diversity, 100)])
@@ -106,11 +99,10 @@ def test_what_the_model_sees(diversity: InputDiversity, side: int) -> None:
 def test_padding_is_the_middle_of_the_bounds_or_zero() -> None:
     rng = Rng(0, range(6))
     for padding, bounds, fill in (("grey", (0.0, 1.0), 0.5), ("grey", (-2.0, 3.0), 0.5), ("zero", (-2.0, 3.0), 0.0)):
-        transform = InputDiversity(p=1.0, padding=padding).transform(rng, bounds)  # type: ignore[arg-type]
-        assert transform is not None
-        assert (transform(X, rng)[:, :, -1] == fill).all()
+        diversity = InputDiversity(p=1.0, padding=padding)  # type: ignore[arg-type]
+        assert (diversity(X, rng, bounds)[:, :, -1] == fill).all()
     with pytest.raises(InputError, match=r"padding inside the bounds \(1.0, 2.0\), got 0.0; set padding='grey'"):
-        InputDiversity(padding="zero").transform(rng, (1.0, 2.0))
+        InputDiversity(padding="zero")(X, rng, (1.0, 2.0))
 
 
 def test_images_that_are_not_square_keep_their_proportions() -> None:
@@ -148,17 +140,19 @@ def test_images_that_cannot_be_resized_are_named() -> None:
     assert view.shape == (2, 1, 8, 8)
 
 
-def test_with_the_loop_of_any_gradient_attack() -> None:
-    """On a linear model of the mean, no resizing changes where the loss rises."""
+def test_pgd_with_diversity_is_di2_fgsm_from_a_random_start() -> None:
+    """Of the host's own attack it takes a parameter; each restart draws anew."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    target, y = robplug.target(model), model(X).argmax(1)
+    options = {"steps": 8, "step_size": 0.02, "random_start": True, "draws": 2}
 
-    class Mean(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            mean = x.mean((1, 2, 3))
-            return torch.stack([mean, 1 - mean], dim=1)
+    def attacked(attack: Attack, seed: int = 0) -> Tensor:
+        return attack.run(target, X, y, robplug.ThreatModel("linf", 0.1), Rng(seed, range(6))).x_adv
 
-    x = torch.full((2, 1, 20, 20), 0.8)
-    rng = Rng(0, range(2))
-    problem = Problem(robplug.target(Mean()), torch.zeros(2).long(), LINF.ball(x, 0.1, (0.0, 1.0)), rng)
-    transform = InputDiversity(p=1.0).transform(rng)
-    found = ascend(problem, Steps(5, step_size=0.05, random_start=True, restarts=2, draws=3, transform=transform))
-    torch.testing.assert_close(found.x_adv, x - 0.1)
+    pgd = robplug.attack("robplug/pgd", transform=InputDiversity(), early_stop=False, **options)
+    assert torch.equal(attacked(pgd), attacked(robplug.attack("di2/di2-fgsm", **options)))
+    plain = robplug.attack("robplug/pgd", early_stop=False, **{**options, "draws": 1})
+    assert not torch.equal(attacked(pgd), attacked(plain))
+    restarted = robplug.attack("robplug/pgd", transform=InputDiversity(), restarts=3, **options)
+    assert torch.equal(attacked(restarted), attacked(restarted))
+    assert not torch.equal(attacked(restarted), attacked(restarted, seed=1))

@@ -53,8 +53,9 @@ def _source(line, size, source, ACC: tl.constexpr, BILINEAR: tl.constexpr):
 def _destinations(line, size, source, BILINEAR: tl.constexpr):
     """Returns the first line of the resized image that may come from a line of the image, and how many may."""
     if BILINEAR:
-        first = tl.maximum(((2 * line - 1) * size - source) // (2 * source), 0)
-        count = tl.cdiv(2 * size, source) + 2
+        # those strictly between the lines before and after it: an interval of length 2 size / source
+        first = tl.maximum((2 * line - 1) * size + source, 0) // (2 * source)
+        count = tl.cdiv(2 * size, source)
     else:
         first = (line * size + source - 1) // source
         count = tl.cdiv(size, source)

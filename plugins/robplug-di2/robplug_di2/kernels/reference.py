@@ -96,8 +96,7 @@ def _taps(
     size, offset = (pair[:1] if pair.stride(0) == 0 else pair for pair in (size, offset))
     nowhere, strides = source[0] * source[1], (source[1], 1)
     rows, cols = (
-        _Taps(size[:, k, None], offset[:, k, None], source[k], canvas[k], bilinear, strides[k], nowhere)
-        for k in (0, 1)
+        _Taps(size[:, k, None], offset[:, k, None], source[k], canvas[k], bilinear, strides[k], nowhere) for k in (0, 1)
     )
     return rows, cols
 

@@ -36,7 +36,7 @@ def distance(x: Tensor, x_adv: Tensor) -> Tensor:
 
 def test_the_smallest_distance_on_a_linear_model() -> None:
     model, x, y, least = linear()
-    attack = DiverseCarliniWagner(p=0.0, binary_search_steps=9, initial_const=1.0)
+    attack = DiverseCarliniWagner(p=0.0, steps=150, binary_search_steps=8, initial_const=1.0)
     x_adv = attacked(attack, model, x, y)
     assert (model(x_adv).argmax(1) != y).all()
     found = distance(x, x_adv)
@@ -45,7 +45,7 @@ def test_the_smallest_distance_on_a_linear_model() -> None:
 
 def test_confidence_is_reached_on_the_image_itself() -> None:
     model, x, y, least = linear()
-    attack = DiverseCarliniWagner(p=0.0, confidence=0.5, binary_search_steps=7, initial_const=1.0)
+    attack = DiverseCarliniWagner(p=0.0, steps=100, confidence=0.5, binary_search_steps=5, initial_const=1.0)
     x_adv = attacked(attack, model, x, y)
     assert (margin(model(x_adv), y) >= 0.5).all()
     assert (distance(x, x_adv) > least).all()
@@ -74,7 +74,7 @@ def test_without_diversity_it_is_as_near_as_foolboxs() -> None:
     foolbox = pytest.importorskip("foolbox")
     model, x, y = scene()
     fmodel = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    options = {"steps": 60, "binary_search_steps": 4, "initial_const": 0.01, "confidence": 0.0}
+    options = {"steps": 40, "binary_search_steps": 4, "initial_const": 0.01, "confidence": 0.0}
     theirs = foolbox.attacks.L2CarliniWagnerAttack(abort_early=False, stepsize=0.01, **options).run(fmodel, x, y)
     ours = attacked(DiverseCarliniWagner(p=0.0, **options), model, x, y)  # type: ignore[arg-type]
     assert (model(ours).argmax(1) != y).all() and (model(theirs).argmax(1) != y).all()
@@ -83,8 +83,9 @@ def test_without_diversity_it_is_as_near_as_foolboxs() -> None:
 
 def test_diverse_inputs_break_the_image_itself() -> None:
     model, x, y = scene()
-    plain = attacked(DiverseCarliniWagner(p=0.0, steps=60), model, x, y)
-    attack = DiverseCarliniWagner(steps=60)
+    options = {"steps": 60, "binary_search_steps": 3, "initial_const": 1.0}
+    plain = attacked(DiverseCarliniWagner(p=0.0, **options), model, x, y)  # type: ignore[arg-type]
+    attack = DiverseCarliniWagner(**options)  # type: ignore[arg-type]
     once, again, other = (attacked(attack, model, x, y, seed) for seed in (0, 0, 1))
     assert torch.equal(once, again) and not torch.equal(once, other) and not torch.equal(once, plain)
     assert (model(once).argmax(1) != y).all()

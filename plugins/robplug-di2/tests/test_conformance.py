@@ -15,7 +15,7 @@ from robplug.testing import Check, list_checks
 SLOW = {"di2/d-cw"}  # 1250 steps, twenty times over
 OF_THE_SPEC = {"resolves", "frozen_dataclass", "params", "fields_documented"}
 ROOMY = {"ratio": 1.5, "resize_back": True}
-SHORT = {"di2/d-cw": {"steps": 30, "binary_search_steps": 3, "initial_const": 1.0}}
+SHORT = {"di2/d-cw": {"steps": 20, "binary_search_steps": 2, "initial_const": 1.0}}
 
 
 def checks() -> list[object]:

@@ -16,7 +16,7 @@ SMALL = {"ratio": 1.5, "resize_back": True}
 PARAMS: dict[str, dict[str, Any]] = {
     "di2/di2-fgsm": SMALL,
     "di2/m-di2-fgsm": SMALL,
-    "di2/d-cw": {**SMALL, "steps": 20, "initial_const": 1.0},
+    "di2/d-cw": {**SMALL, "steps": 10, "step_size": 0.03, "binary_search_steps": 3, "initial_const": 1.0},
 }
 EPS = 0.1
 

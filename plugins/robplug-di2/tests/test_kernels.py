@@ -53,6 +53,21 @@ def test_nearest_is_exact(source: int, sizes: Iterable[int], missed: int) -> Non
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_one_draw_expanded_to_all_is_that_draw_for_each(mode: Any) -> None:
+    """By its strides the reference sees that the indices need be made once."""
+    x, size, offset = X.clone().requires_grad_(), SIZE[1:], OFFSET[1:]
+    once, each = (
+        resize_pad(x, *pairs, CANVAS, mode, 0.5)
+        for pairs in ((size.expand(2, 2), offset.expand(2, 2)), (size.repeat(2, 1), offset.repeat(2, 1)))
+    )
+    assert torch.equal(once, each)
+    gradients = [torch.autograd.grad(out, x, torch.arange(288.0).view_as(out))[0] for out in (once, each)]
+    assert torch.equal(*gradients)
+    mixed = resize_pad(x, size.expand(2, 2), OFFSET, CANVAS, mode, 0.5)
+    assert torch.equal(mixed, resize_pad(x, size.repeat(2, 1), OFFSET, CANVAS, mode, 0.5))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_crop_of_the_canvas_is_the_resized_image(mode: str) -> None:
     out = resize_pad(X, SIZE, OFFSET, CANVAS, mode, 0.5)
     for n, ((height, width), (top, left)) in enumerate(zip(SIZE.tolist(), OFFSET.tolist(), strict=True)):

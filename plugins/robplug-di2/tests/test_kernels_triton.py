@@ -84,7 +84,7 @@ def test_parity(
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_rounded_once(name: str, dtype: torch.dtype) -> None:
-    ours, expected = both(name, (2, 3, 5, 7), (6, 9), True, 64, "contiguous", dtype)
+    ours, expected = both(name, (1, 2, 5, 7), (6, 9), True, 64, "contiguous", dtype)
     close = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(ours, expected, rtol=close, atol=4 * close)
 

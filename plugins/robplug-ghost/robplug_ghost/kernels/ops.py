@@ -1,0 +1,184 @@
+"""The kernels as PyTorch operators: schema, checks, shapes, devices and derivatives.
+
+The reference runs on every device but CUDA, where the Triton kernels do. One check serves the implementation and the
+fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from robplug_ghost.kernels import checks, reference
+
+
+def erode_add(
+    shortcut: Tensor,
+    residual: Tensor,
+    seed: int,
+    layer: int,
+    skip: float,
+    activation: Literal["relu"] | None = None,
+) -> Tensor:
+    """Returns activation(w * shortcut + residual), where each channel has one w from U[1 - skip, 1 + skip].
+
+    Convention:
+        Axis order: samples, channels, positions; the samples share their weights.
+        Random numbers: those of (seed, layer, channel), the same on every device and in every dtype.
+
+    Args:
+        shortcut: (N, C, ...), float16, bfloat16, float32 or float64, any strides.
+        residual: likewise; of two dtypes the result has the one that ``+`` gives.
+        seed: the ghost, 0 to 2**63 - 1.
+        layer: number of the addition in its network, 0 to 2**31 - 1.
+        skip: width of the erosion, 0 to 1; with 0 this is the plain sum, bit for bit.
+        activation: ``"relu"`` or None.
+
+    Returns:
+        (N, C, ...) with the strides of ``residual``; computed in float32, or float64 for float64.
+
+    Differentiable: in shortcut and residual; once with an activation, any number of times without. The weights are
+        drawn again for the gradient; but for the result of a ReLU, nothing is kept.
+
+    Raises:
+        TypeError: a tensor is not of a floating dtype.
+        ValueError: shapes, devices, seed, layer, skip or activation do not fit.
+
+    Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (skip connection erosion).
+    """
+    if activation not in (None, "relu"):
+        raise ValueError(f"expected activation 'relu' or None, got {activation!r}; apply another one to the result")
+    dtype = torch.result_type(shortcut, residual)
+    out: Tensor = _erode_add(shortcut.to(dtype), residual.to(dtype), seed, layer, float(skip), activation == "relu")
+    return out
+
+
+def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
+    """Returns w * x, the shortcut of `erode_add` alone; arguments, weights and errors are those of `erode_add`.
+
+    Differentiable: any number of times, in x.
+    """
+    out: Tensor = _erode_scale(x, seed, layer, float(skip))
+    return out
+
+
+def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
+    """Returns x / keep where a position of a channel is kept, with that probability, and 0 elsewhere.
+
+    Convention:
+        Axis order: samples, channels, positions; the samples share one mask.
+        Random numbers: those of (seed, layer, channel, position), the same on every device, in every dtype and layout.
+        Positions: counted in the order of a contiguous tensor.
+
+    Args:
+        x: (N, C, ...), float16, bfloat16, float32 or float64, any strides.
+        seed: the ghost, 0 to 2**63 - 1.
+        layer: number of the dropout in its network, 0 to 2**31 - 1.
+        keep: probability above 0 and up to 1; with 1 the result is x, bit for bit. It counts in steps of 2**-24.
+
+    Returns:
+        (N, C, ...) with the dtype and strides of x.
+
+    Differentiable: any number of times, in x. The mask is drawn again for the gradient; nothing is kept.
+
+    Raises:
+        TypeError: x is not of a floating dtype.
+        ValueError: shape, seed, layer or keep do not fit.
+
+    Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (dropout erosion).
+    """
+    out: Tensor = _erode_dropout(x, seed, layer, float(keep))
+    return out
+
+
+@functools.cache
+def _cuda_kernels() -> ModuleType:
+    """Returns the Triton kernels, or, said aloud, the reference where triton is not installed."""
+    try:
+        from robplug_ghost.kernels import triton_impl
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        remedy = "pip install robplug-ghost[triton]"
+        warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
+        return reference
+    return triton_impl
+
+
+def _operator(schema: str, empty: Callable[..., Any]) -> Any:
+    """Registers an operator; checks, reference and Triton have a function of its name with its arguments.
+
+    Args:
+        schema: its name and arguments.
+        empty: returns tensors with the shapes, dtypes and strides of the results.
+    """
+    name, bracket, arguments = schema.partition("(")
+    check = getattr(checks, name)
+
+    def plain(*args: Any) -> Any:
+        check(*args)
+        return getattr(reference, name)(*args)
+
+    def cuda(*args: Any) -> Any:
+        check(*args)
+        return getattr(_cuda_kernels(), name)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
+    operator = custom_op(f"robplug_ghost::{name}", plain, mutates_args=(), schema=bracket + arguments)
+    operator.register_kernel("cuda", cuda)
+    operator.register_fake(fake)
+    return operator
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _like_second(_first: Tensor, second: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(second)
+
+
+def _two_like_second(first: Tensor, second: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(second), torch.empty_like(second)
+
+
+_erode_add = _operator(
+    "erode_add(Tensor shortcut, Tensor residual, int seed, int layer, float skip, bool relu) -> Tensor", _like_second
+)
+_erode_add_backward = _operator(
+    "erode_add_backward(Tensor g, Tensor out, int seed, int layer, float skip) -> (Tensor, Tensor)", _two_like_second
+)
+_erode_scale = _operator("erode_scale(Tensor x, int seed, int layer, float skip) -> Tensor", _like_first)
+_erode_dropout = _operator("erode_dropout(Tensor x, int seed, int layer, float keep) -> Tensor", _like_first)
+
+
+def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *_, ctx.seed, ctx.layer, ctx.skip, relu = inputs
+    ctx.save_for_backward(output if relu else None)
+
+
+def _add_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    (out,) = ctx.saved_tensors
+    if out is not None:
+        return *_erode_add_backward(g, out, ctx.seed, ctx.layer, ctx.skip), None, None, None, None
+    shortcut = _erode_scale(g, ctx.seed, ctx.layer, ctx.skip) if ctx.needs_input_grad[0] else None
+    return shortcut, g, None, None, None, None
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.rest = inputs
+
+
+_erode_add.register_autograd(_add_backward, setup_context=_setup_add)
+_erode_scale.register_autograd(lambda ctx, g: (_erode_scale(g, *ctx.rest), None, None, None), setup_context=_setup)
+_erode_dropout.register_autograd(lambda ctx, g: (_erode_dropout(g, *ctx.rest), None, None, None), setup_context=_setup)

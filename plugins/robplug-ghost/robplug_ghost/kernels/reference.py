@@ -1,0 +1,130 @@
+"""The definition of the kernels in plain PyTorch, forward and backward; what runs wherever Triton does not.
+
+Random numbers are words of Philox4x32-10 (Salmon et al. 2011, section 3.3) with a ghost's seed as key, so that any of
+them can be had alone and anew. The counter is (number, channel, layer, kind):
+
+| kind | number | what for |
+|-|-|-|
+| 0 | 0 | the weight of a channel, from word 0 |
+| 1 | position // 4 | whether a position of a channel is kept, from word position % 4 |
+| 2 | low and high word of n in place of number and channel | the seed of a series' n-th ghost, from words 0 and 1 |
+
+No batch index occurs: a ghost is one network, the same for all samples. Values are computed in float32, or in float64
+where they are float64, and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SKIP, DROPOUT, SERIES = 0, 1, 2
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+WORD = 0xFFFFFFFF
+CHUNK = 2**14  # counters, whose words stay in a core's cache
+BITS = 24  # of a word that a float32 holds exactly
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """Returns the dtype to compute in: float32, or float64 where the tensor has it."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def philox(seed: int, counter: Tensor) -> Tensor:
+    """Returns (4, M) words of Philox4x32-10 for counters (4, M); words are int64 from 0 to 2**32 - 1."""
+    parts = [_philox(seed, part) for part in counter.split(CHUNK, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _philox(seed: int, counter: Tensor) -> Tensor:
+    """Rounds on the pairs (c0, c2) and (c1, c3); a product's high word goes to the other pair's place."""
+    steps = torch.tensor([MULTIPLIERS, KEY_STEPS], device=counter.device)[:, :, None]
+    key = torch.tensor([seed & WORD, seed >> 32], device=counter.device)[:, None]
+    even, odd = counter[0::2], counter[1::2].flip(0)
+    for _ in range(ROUNDS):
+        product = even * steps[0]  # modulo 2**64
+        even = (product >> 32).bitwise_and_(WORD).bitwise_xor_(odd).flip(0).bitwise_xor_(key)
+        odd = product.bitwise_and_(WORD)
+        key = (key + steps[1]).bitwise_and_(WORD)
+    return torch.stack([even[0], odd[1], even[1], odd[0]])
+
+
+def series_seed(seed: int, number: int) -> int:
+    """Returns the seed, 63 bits, of the ghost with this number >= 1 in the series that a seed begins."""
+    words = philox(seed, torch.tensor([[number & WORD], [number >> 32], [0], [SERIES]])).flatten()
+    return (int(words[1]) << 32 | int(words[0])) & (2**63 - 1)
+
+
+def channel_weights(seed: int, layer: int, channels: int, skip: float, device: torch.device | None = None) -> Tensor:
+    """Returns (C,) float32 weights from U[1 - skip, 1 + skip].
+
+    They are equal bit for bit on every device: the 24 bits and the skip, rounded to float32, have an exact product in
+    float64, so that it makes no difference whether the addition is fused.
+    """
+    counter = torch.zeros(4, channels, dtype=torch.int64, device=device)
+    counter[1] = torch.arange(channels, device=device)
+    counter[2:] = torch.tensor([[layer], [SKIP]], device=device)
+    first = philox(seed, counter)[0] >> (32 - BITS)
+    symmetric = (2 * first + 1 - 2**BITS).double() / 2**BITS
+    return (1 + single(skip) * symmetric).float()
+
+
+def kept(seed: int, layer: int, channels: int, positions: int, keep: float, device: torch.device) -> Tensor:
+    """Returns (C, P) bool, true with the probability ``keep``."""
+    blocks = -(-positions // 4)
+    counter = torch.empty(4, channels, blocks, dtype=torch.int64, device=device)
+    counter[0] = torch.arange(blocks, device=device)
+    counter[1] = torch.arange(channels, device=device)[:, None]
+    counter[2:] = torch.tensor([layer, DROPOUT], device=device)[:, None, None]
+    words = philox(seed, counter.flatten(1)).view(4, channels, blocks)
+    chosen = words < threshold(keep) << (32 - BITS)
+    return chosen.permute(1, 2, 0).reshape(channels, 4 * blocks)[:, :positions]
+
+
+def single(value: float) -> float:
+    """Returns a number rounded to float32."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def threshold(keep: float) -> int:
+    """Returns the number below which 24 random bits mean that a value is kept."""
+    return max(1, round(keep * 2**BITS))
+
+
+def erode_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool) -> Tensor:
+    """Returns w * shortcut + residual, with one w a channel, or its positive part; (N, C, ...)."""
+    acc = accumulator(residual)
+    out = torch.empty_like(residual, dtype=acc)
+    torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip), out=out)
+    return (out.relu_() if relu else out).to(residual.dtype)
+
+
+def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: float) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of shortcut and residual behind a ReLU whose result was ``out``."""
+    residual = torch.empty_like(out)
+    torch.ops.aten.threshold_backward.grad_input(g, out, 0, grad_input=residual)
+    return erode_scale(residual, seed, layer, skip), residual
+
+
+def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
+    """Returns w * x, with one w a channel; (N, C, ...). It is its own adjoint."""
+    acc = accumulator(x)
+    out = torch.empty_like(x, dtype=acc)
+    return torch.mul(x.to(acc), _along(x, seed, layer, skip), out=out).to(x.dtype)
+
+
+def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
+    """Returns x / keep where a value is kept, and 0 elsewhere; (N, C, ...). It is its own adjoint."""
+    acc = accumulator(x)
+    positions = x[0, 0].numel() if x.numel() else 0
+    factor = kept(seed, layer, x.shape[1], positions, keep, x.device).to(acc).mul_(1 / keep)
+    out = torch.empty_like(x, dtype=acc)
+    return torch.mul(x.to(acc), factor.view(x.shape[1:]), out=out).to(x.dtype)
+
+
+def _along(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
+    """Returns the weights as a factor of x, (C, 1, ...)."""
+    weights = channel_weights(seed, layer, x.shape[1], skip, x.device)
+    return weights.to(accumulator(x)).view(-1, *[1] * (x.dim() - 2))

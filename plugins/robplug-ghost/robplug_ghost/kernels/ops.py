@@ -42,7 +42,7 @@ def erode_add(
         activation: ``"relu"`` or None.
 
     Returns:
-        (N, C, ...) with the strides of ``residual``; computed in float32, or float64 for float64.
+        (N, C, ...), channels last if ``residual`` is and else contiguous; computed in float32, or float64 for float64.
 
     Differentiable: in shortcut and residual; once with an activation, any number of times without. The weights are
         drawn again for the gradient; but for the result of a ReLU, nothing is kept.
@@ -84,7 +84,7 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
         keep: probability above 0 and up to 1; with 1 the result is x, bit for bit. It counts in steps of 2**-24.
 
     Returns:
-        (N, C, ...) with the dtype and strides of x.
+        (N, C, ...) with the dtype of x, channels last if x is and else contiguous.
 
     Differentiable: any number of times, in x. The mask is drawn again for the gradient; nothing is kept.
 
@@ -141,15 +141,15 @@ def _operator(schema: str, empty: Callable[..., Any]) -> Any:
 
 
 def _like_first(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return reference.empty(x)
 
 
 def _like_second(_first: Tensor, second: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(second)
+    return reference.empty(second)
 
 
 def _two_like_second(first: Tensor, second: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(second), torch.empty_like(second)
+    return reference.empty(second), reference.empty(second)
 
 
 _erode_add = _operator(

@@ -15,6 +15,8 @@ where they are float64, and rounded once at the end.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,11 +27,21 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 CHUNK = 2**14  # counters, whose words stay in a core's cache
 BITS = 24  # of a word that a float32 holds exactly
+TOGETHER, REMEMBERED = 16, 64  # layers of a table, and tables
+
+_tables: dict[tuple[int, int, int, float, torch.device | None], Tensor] = {}
 
 
 def accumulator(x: Tensor) -> torch.dtype:
     """Returns the dtype to compute in: float32, or float64 where the tensor has it."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns room for a result of the shape of x: channels last if x has them last, contiguous otherwise."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    keep = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    return torch.empty_like(x, dtype=dtype, memory_format=last if keep else torch.contiguous_format)
 
 
 def philox(seed: int, counter: Tensor) -> Tensor:
@@ -60,13 +72,28 @@ def series_seed(seed: int, number: int) -> int:
 def channel_weights(seed: int, layer: int, channels: int, skip: float, device: torch.device | None = None) -> Tensor:
     """Returns (C,) float32 weights from U[1 - skip, 1 + skip].
 
-    They are equal bit for bit on every device: the 24 bits and the skip, rounded to float32, have an exact product in
-    float64, so that it makes no difference whether the addition is fused.
+    A small layer's weights take longer to ask for than to compute: those of neighbouring layers are drawn along, and
+    the latest tables remembered, for the gradient as well.
     """
-    counter = torch.zeros(4, channels, dtype=torch.int64, device=device)
+    key = (seed, layer // TOGETHER, channels, skip, device)
+    if key not in _tables:
+        if len(_tables) >= REMEMBERED:
+            _tables.pop(next(iter(_tables)), None)
+        _tables[key] = _weights(*key)
+    return _tables[key][layer % TOGETHER]
+
+
+def _weights(seed: int, group: int, channels: int, skip: float, device: torch.device | None) -> Tensor:
+    """Returns (TOGETHER, C) weights, equal bit for bit on every device.
+
+    The 24 bits and the skip, rounded to float32, have an exact product in float64, so that it makes no difference
+    whether the addition is fused.
+    """
+    counter = torch.zeros(4, TOGETHER, channels, dtype=torch.int64, device=device)
     counter[1] = torch.arange(channels, device=device)
-    counter[2:] = torch.tensor([[layer], [SKIP]], device=device)
-    first = philox(seed, counter)[0] >> (32 - BITS)
+    counter[2] = torch.arange(group * TOGETHER, (group + 1) * TOGETHER, device=device)[:, None]
+    counter[3] = SKIP
+    first = philox(seed, counter.flatten(1))[0].view(TOGETHER, channels) >> (32 - BITS)
     symmetric = (2 * first + 1 - 2**BITS).double() / 2**BITS
     return (1 + single(skip) * symmetric).float()
 
@@ -96,14 +123,14 @@ def threshold(keep: float) -> int:
 def erode_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool) -> Tensor:
     """Returns w * shortcut + residual, with one w a channel, or its positive part; (N, C, ...)."""
     acc = accumulator(residual)
-    out = torch.empty_like(residual, dtype=acc)
+    out = empty(residual, acc)
     torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip), out=out)
     return (out.relu_() if relu else out).to(residual.dtype)
 
 
 def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: float) -> tuple[Tensor, Tensor]:
     """Returns the gradients of shortcut and residual behind a ReLU whose result was ``out``."""
-    residual = torch.empty_like(out)
+    residual = empty(out)
     torch.ops.aten.threshold_backward.grad_input(g, out, 0, grad_input=residual)
     return erode_scale(residual, seed, layer, skip), residual
 
@@ -111,16 +138,15 @@ def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: floa
 def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
     """Returns w * x, with one w a channel; (N, C, ...). It is its own adjoint."""
     acc = accumulator(x)
-    out = torch.empty_like(x, dtype=acc)
+    out = empty(x, acc)
     return torch.mul(x.to(acc), _along(x, seed, layer, skip), out=out).to(x.dtype)
 
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
     """Returns x / keep where a value is kept, and 0 elsewhere; (N, C, ...). It is its own adjoint."""
     acc = accumulator(x)
-    positions = x[0, 0].numel() if x.numel() else 0
-    factor = kept(seed, layer, x.shape[1], positions, keep, x.device).to(acc).mul_(1 / keep)
-    out = torch.empty_like(x, dtype=acc)
+    factor = kept(seed, layer, x.shape[1], math.prod(x.shape[2:]), keep, x.device).to(acc).mul_(1 / keep)
+    out = empty(x, acc)
     return torch.mul(x.to(acc), factor.view(x.shape[1:]), out=out).to(x.dtype)
 
 

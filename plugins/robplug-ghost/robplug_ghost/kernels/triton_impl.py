@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robplug_ghost.kernels.reference import DROPOUT, SKIP, accumulator, single, threshold
+from robplug_ghost.kernels.reference import DROPOUT, SKIP, accumulator, empty, single, threshold
 
 TILE = 1024  # values
 PROGRAMS = 2048  # wanted in a launch that shares out samples
@@ -55,10 +55,10 @@ def _factors(
     none = channel[:, None] * 0 + block[None, :] * 0
     a, b, c, d = tl.philox(seed, none + block[None, :], none + channel[:, None], none + layer, none + DROPOUT_KIND)
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    return tl.where((words >> 8).to(tl.int32) < LIMIT, SCALE, 0.0).to(ACC)
+    return ((words >> 8).to(tl.int32) < LIMIT).to(ACC) * SCALE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "layer"])
 def _erode_add_kernel(
     shortcut, residual, out, seed, layer, channels, positions,
     s_n, s_c, s_p, r_n, r_c, r_p, o_n, o_c, o_p,
@@ -75,7 +75,7 @@ def _erode_add_kernel(
     tl.store(out + _offsets(n, c, p, o_n, o_c, o_p), total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "layer"])
 def _erode_add_backward_kernel(
     g, out, grad_shortcut, grad_residual, seed, layer, channels, positions,
     g_n, g_c, g_p, o_n, o_c, o_p, s_n, s_c, s_p, r_n, r_c, r_p,
@@ -92,7 +92,7 @@ def _erode_add_backward_kernel(
     tl.store(grad_shortcut + _offsets(n, c, p, s_n, s_c, s_p), up.to(grad_shortcut.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "layer"])
 def _erode_scale_kernel(
     x, out, seed, layer, channels, positions, x_n, x_c, x_p, o_n, o_c, o_p,
     WIDTH: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -104,7 +104,7 @@ def _erode_scale_kernel(
     tl.store(out + _offsets(n, c, p, o_n, o_c, o_p), value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "layer"])
 def _erode_dropout_kernel(
     x, out, seed, layer, channels, positions, samples, shares, x_n, x_c, x_p, o_n, o_c, o_p,
     LIMIT: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -121,7 +121,7 @@ def erode_add(
     shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool, tile: int = TILE
 ) -> Tensor:
     """See `robplug_ghost.kernels.reference.erode_add`."""
-    out = torch.empty_like(residual)
+    out = empty(residual)
     _launch(_erode_add_kernel, tile, (shortcut, residual, out), (seed, layer), WIDTH=single(skip), RELU=relu)
     return out
 
@@ -130,21 +130,21 @@ def erode_add_backward(
     g: Tensor, out: Tensor, seed: int, layer: int, skip: float, tile: int = TILE
 ) -> tuple[Tensor, Tensor]:
     """See `robplug_ghost.kernels.reference.erode_add_backward`."""
-    grads = torch.empty_like(out), torch.empty_like(out)
+    grads = empty(out), empty(out)
     _launch(_erode_add_backward_kernel, tile, (g, out, *grads), (seed, layer), WIDTH=single(skip))
     return grads
 
 
 def erode_scale(x: Tensor, seed: int, layer: int, skip: float, tile: int = TILE) -> Tensor:
     """See `robplug_ghost.kernels.reference.erode_scale`."""
-    out = torch.empty_like(x)
+    out = empty(x)
     _launch(_erode_scale_kernel, tile, (x, out), (seed, layer), WIDTH=single(skip))
     return out
 
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float, tile: int = TILE) -> Tensor:
     """See `robplug_ghost.kernels.reference.erode_dropout`."""
-    out = torch.empty_like(x)
+    out = empty(x)
     constants = {"LIMIT": threshold(keep), "SCALE": 1 / keep}
     _launch(_erode_dropout_kernel, tile, (x, out), (seed, layer), share_samples=True, **constants)
     return out

@@ -4,7 +4,7 @@
 
 FOLDER has CIFAR-10, and in ``models/`` the ResNet-20 and ResNet-32 of the common release (``resnet20-12fca82f.th``,
 ``resnet32-d509ac18.th``). What is finished is not done again. Shares go to ``results/transfer-small*.csv``, paired
-comparisons (McNemar's exact test, on samples that all networks of a plan classify correctly) to
+comparisons (McNemar's exact test, on the samples that all victims and both sources classify correctly) to
 ``results/transfer-small-paired.csv``.
 """
 
@@ -71,21 +71,27 @@ def fetch() -> None:
             shutil.copy(Path(os.environ["ROBPLUG_DATA"]) / "models" / file, models / f"{name}.th")
 
 
-def verdicts(results: Results) -> dict[tuple[str, str, float | None], dict[str, dict[int, bool]]]:
-    """Returns, by source, attack and radius, for each victim which samples are broken; only those that count."""
-    rows = results.rows()
-    wrong = {row["sample"] for row in rows if row["prediction"] != row["y"]}
+def verdicts(rows: list[dict[str, Any]]) -> dict[tuple[str, str, float | None], dict[str, dict[int, bool]]]:
+    """Returns, by source, attack and radius, for each victim which samples are broken."""
     found: dict[tuple[str, str, float | None], dict[str, dict[int, bool]]] = {}
     for row in rows:
-        if row["sample"] not in wrong:
-            place = (row["source"] or row["target"], row["label"], row["eps"])
-            found.setdefault(place, {}).setdefault(row["target"], {})[row["sample"]] = row["status"] == "broken"
+        place = (row["source"] or row["target"], row["label"], row["eps"])
+        found.setdefault(place, {}).setdefault(row["target"], {})[row["sample"]] = row["status"] == "broken"
+    return found
+
+
+def mistakes(rows: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """Returns, by target, the samples that it gets wrong before any attack."""
+    found: dict[str, set[int]] = {row["target"]: set() for row in rows}
+    for row in rows:
+        if row["prediction"] != row["y"]:
+            found[row["target"]].add(row["sample"])
     return found
 
 
 def sides(plan: str, results: Results) -> Iterator[tuple[Side, Side]]:
     """Yields what is to be compared in a plan."""
-    sources = results.summary().matrices[0].sources
+    sources = dict.fromkeys(source for matrix in results.summary().matrices for source in matrix.sources)
     for source in sources:
         for one, other in PAIRS.get(plan, ()):
             yield Side(source, one), Side(source, other)
@@ -102,15 +108,18 @@ def sides(plan: str, results: Results) -> Iterator[tuple[Side, Side]]:
 
 def compare(plan: str, results: Results) -> Iterator[dict[str, Any]]:
     """Yields a row for each comparison, radius and black-box victim."""
-    found = verdicts(results)
-    white = {(entry.source, entry.victim) for m in results.summary().matrices for entry in m.entries if entry.white_box}
+    rows, matrices = results.rows(), results.summary().matrices
+    found, wrong = verdicts(rows), mistakes(rows)
+    victims = matrices[0].victims
+    white = {(entry.source, entry.victim) for matrix in matrices for entry in matrix.entries if entry.white_box}
     for one, other in sides(plan, results):
         for eps in dict.fromkeys(eps for _, _, eps in found):
             left, right = found[one.source, one.attack, eps], found[other.source, other.attack, eps]
-            for victim in left.keys() & right.keys():
+            out = set().union(*(wrong[model] for model in (one.source, other.source, *victims)))
+            for victim in victims:
                 if (one.source, victim) in white or (other.source, victim) in white:
                     continue
-                pairs = [(left[victim][sample], right[victim][sample]) for sample in left[victim]]
+                pairs = [(left[victim][i], right[victim][i]) for i in left[victim] if i not in out]
                 lost, won = pairs.count((True, False)), pairs.count((False, True))
                 yield {
                     "plan": f"transfer-small{plan}",

@@ -37,7 +37,7 @@ MI, MDI = "di2/m-di2-fgsm p=0.0", "di2/m-di2-fgsm"
 CW, DCW = "di2/d-cw p=0.0", "di2/d-cw"
 PAIRS = {
     "": [(I, DI), (I, MI), (DI, MDI), (MI, MDI)],
-    "-peers": [(MI, MDI), (MI, "torchattacks/mifgsm decay=1.0"), (MDI, "torchattacks/difgsm decay=1.0")],
+    "-peers": [(MI, MDI), (MI, "torchattacks/mifgsm"), (MDI, "torchattacks/difgsm")],
     "-ensembles": [(I, DI), (I, MI), (DI, MDI), (MI, MDI)],
     "-cw": [(CW, DCW)],
 }

@@ -6,7 +6,7 @@ So the main statistics have the keys of a plain network, and each of them has a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robplug.errors import InputError
 from robplug_advprop.kernels.ops import mixture_batch_norm
+from robplug_advprop.kernels.reference import accumulator
+from robplug_advprop.synchronised import moments
 
 Route = int | tuple[int, ...]
 """The number of the statistics for a whole batch, 0 for the main ones, or the sizes of the parts of 0, 1, 2, ..."""
@@ -75,10 +77,18 @@ class MixtureBatchNorm(_BatchNorm):
         if sum(route) != len(input):
             remedy = "give the sizes of this batch's parts to route"
             raise InputError(f"a batch of {sum(route)} samples on the route sizes={list(route)}", len(input), remedy)
-        parts = [self if k == 0 else self.auxiliary[k - 1] for k in range(len(route))]
+        parts = self._parts()[: len(route)]
         if all(part.training or part.running_mean is None for part in parts):
             return self._together(input, route, parts)
         return torch.cat([self._whole(part, k) for k, part in enumerate(input.split(route))])
+
+    def processes(self) -> int:
+        """Returns the number of processes that share statistics."""
+        return 1
+
+    def _parts(self) -> list[Any]:
+        """Returns the layers that have the statistics 0, 1, 2, ..."""
+        return [self, *self.auxiliary]
 
     def _whole(self, x: Tensor, k: int) -> Tensor:
         """Normalises a batch by the statistics k alone, as a plain layer does."""
@@ -91,7 +101,7 @@ class MixtureBatchNorm(_BatchNorm):
         if self.track_running_stats and self.running_mean is not None:
             for part in parts:
                 part.num_batches_tracked.add_(1)
-            options["momentum"] = [1 / p.num_batches_tracked if p.momentum is None else p.momentum for p in parts]
+            options["momentum"] = [1 / p.num_batches_tracked.double() if p.momentum is None else p.momentum for p in parts]
             options["running_mean"] = [part.running_mean for part in parts]
             options["running_var"] = [part.running_var for part in parts]
         if self.affine:
@@ -111,18 +121,81 @@ class MixtureBatchNorm3d(MixtureBatchNorm, nn.BatchNorm3d):
     """Mixture batch norm over (N, C, D, H, W); see `MixtureBatchNorm`."""
 
 
-class MixtureSyncBatchNorm(MixtureBatchNorm, nn.SyncBatchNorm):
-    """What `convert` makes of a SyncBatchNorm; see `MixtureBatchNorm`.
+class MixtureSyncBatchNorm(MixtureBatchNorm):
+    """What `convert` makes of a SyncBatchNorm: in training, statistics are those of all processes together.
 
-    A route of one number is synchronised as ever; one of several sizes is not, and refused among several processes.
+    Samples belong to the statistics that the route of their own process gives them, wherever they stand: processes may
+    have different numbers for one of them, and none at all. Running statistics move alike in all processes. It is no
+    SyncBatchNorm, since torch's DistributedDataParallel refuses one on the CPU. See `MixtureBatchNorm`.
+
+    Attributes:
+        process_group: the processes; None means all.
+
+    Raises:
+        InputError: in training on the CPU, statistics get fewer than two values a channel from all processes together.
+            Elsewhere this is not looked at, since reading a number would wait for the device, and NaN comes out.
     """
 
-    def _together(self, x: Tensor, sizes: tuple[int, ...], parts: Sequence[Any]) -> Tensor:
+    process_group: Any = None
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+
+    def processes(self) -> int:
+        """Returns the number of processes that share statistics, 1 where nothing is distributed."""
         group = torch.distributed
-        if group.is_available() and group.is_initialized() and group.get_world_size(self.process_group) > 1:
-            remedy = "make a pass for each route, or convert a network with plain batch norm"
-            raise InputError("one process for a route of several sizes", "SyncBatchNorm among several", remedy)
+        return group.get_world_size(self.process_group) if group.is_available() and group.is_initialized() else 1
+
+    def _whole(self, x: Tensor, k: int) -> Tensor:
+        if self._parts()[k].training and self.processes() > 1:
+            return self._shared(x, {k: len(x)})
+        return super()._whole(x, k)
+
+    def _together(self, x: Tensor, sizes: tuple[int, ...], parts: Sequence[Any]) -> Tensor:
+        if all(part.training for part in parts) and self.processes() > 1:
+            return self._shared(x, dict(enumerate(sizes)))
         return super()._together(x, sizes, parts)
+
+    def _shared(self, x: Tensor, sizes: dict[int, int]) -> Tensor:
+        """Normalises a batch whose parts, in order, belong to the statistics of these numbers."""
+        parts, exact = self._parts(), x.to(accumulator(x))
+        # statistics that nobody here uses, others may
+        batches = exact.split([sizes.get(k, 0) for k in range(len(parts))])
+        counts, means, variances = moments(batches, self.process_group)
+        if x.device.type == "cpu":
+            _enough(counts.tolist(), sizes)
+        if self.track_running_stats and self.running_mean is not None:
+            self._follow(parts, counts, means.detach(), variances.detach())
+        outs = []
+        for k in sizes:
+            shape = (-1, *[1] * (x.dim() - 2))
+            inverse = (variances[k] + self.eps).rsqrt()
+            scale = inverse if parts[k].weight is None else inverse * parts[k].weight
+            out = (batches[k] - means[k].view(shape)) * scale.view(shape)
+            outs.append(out if parts[k].bias is None else out + parts[k].bias.view(shape))
+        return torch.cat(outs).to(x.dtype)
+
+    @torch.no_grad()
+    def _follow(self, parts: Sequence[Any], counts: Tensor, means: Tensor, variances: Tensor) -> None:
+        """Updates the running statistics of which some process has samples."""
+        unbiased = variances * (counts / (counts - 1))[:, None]
+        for part, count, mean, var in zip(parts, counts, means, unbiased, strict=True):
+            part.num_batches_tracked.add_(count > 0)
+            share = 1 / part.num_batches_tracked.clamp_min(1).double() if part.momentum is None else part.momentum
+            for running, batch in ((part.running_mean, mean), (part.running_var, var)):
+                running.lerp_(batch.to(running.dtype), ((count > 0).to(count) * share).to(running.dtype))
+
+
+def _enough(counts: Sequence[float], named: Iterable[int]) -> None:
+    few = {k: int(count) for k, count in enumerate(counts) if count == 1 or (count == 0 and k in named)}
+    if few:
+        got = ", ".join(f"{count} for statistics {k}" for k, count in few.items())
+        remedy = "make the batch larger (drop_last=True), or use the eval mode"
+        raise InputError("at least 2 values a channel from all processes together in training", got, remedy)
+
+
+class SharedStatistics(_BatchNorm):
+    """Auxiliary statistics of a `MixtureSyncBatchNorm`."""
+
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
 
 KINDS: dict[type[_BatchNorm], type[MixtureBatchNorm]] = {
@@ -150,12 +223,11 @@ def add_auxiliary(layer: _BatchNorm, count: int, kind: type[_BatchNorm]) -> None
 
 
 def _copy(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
-    copy = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+    plain = SharedStatistics if kind is nn.SyncBatchNorm else kind
+    copy = plain(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
     for name, parameter in layer._parameters.items():
         if parameter is not None:
             copy._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
     for name, buffer in layer._buffers.items():
         copy._buffers[name] = None if buffer is None else buffer.clone()
-    if isinstance(layer, nn.SyncBatchNorm):
-        copy.process_group = layer.process_group  # type: ignore[assignment]
     return copy

@@ -26,7 +26,8 @@ def route(
         model: a converted model, or a part of one.
         which: ``"main"`` or 0 for the main statistics, k from 1 to K for the k-th auxiliary ones.
         sizes: instead, for a batch of several parts: sizes[0] samples for the main statistics, then sizes[1] for the
-            first auxiliary ones, and so on.
+            first auxiliary ones, and so on. Where all statistics are shared by several processes (SyncBatchNorm), a
+            process without samples for some of them says 0.
 
     Raises:
         InputError: the model has no mixture batch norm or not as many statistics, a part is empty, or both or none of
@@ -45,7 +46,8 @@ def route(
     if not layers:
         remedy = "convert(model, auxiliary=K) gives it some"
         raise InputError("a model with mixture batch norm", type(model).__name__, remedy)
-    chosen = _read(which, sizes, min(len(layer.auxiliary) for layer in layers))
+    least = 0 if all(layer.processes() > 1 for layer in layers) else 1
+    chosen = _read(which, sizes, min(len(layer.auxiliary) for layer in layers), least)
     before = getattr(ROUTES, "by_layer", None)
     ROUTES.by_layer = {**(before or {}), **{id(layer): chosen for layer in layers}}
     try:
@@ -54,15 +56,16 @@ def route(
         ROUTES.by_layer = before
 
 
-def _read(which: str | int | None, sizes: Sequence[int] | None, auxiliary: int) -> Route:
+def _read(which: str | int | None, sizes: Sequence[int] | None, auxiliary: int, least: int) -> Route:
     if (which is None) == (sizes is None):
         raise InputError("a route by number or by sizes", f"which={which!r} and sizes={sizes!r}", "give one of the two")
     if sizes is not None:
         if not 1 <= len(sizes) <= auxiliary + 1:
             raise InputError(f"1 to {auxiliary + 1} sizes, main and {auxiliary} auxiliary", list(sizes))
-        if min(sizes) < 1:
+        if min(sizes) < least:
+            expected = "parts of at least one sample" if least else "sizes >= 0"
             remedy = "for a batch of one part, give its number: route(model, 1)"
-            raise InputError("parts of at least one sample", f"sizes={list(sizes)}", remedy)
+            raise InputError(expected, f"sizes={list(sizes)}", remedy)
         return tuple(int(size) for size in sizes)
     number = 0 if which == "main" else which
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= auxiliary:

@@ -1,0 +1,51 @@
+"""Two processes, each with its share of a batch, are one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns what the two processes found; both are gone by then, whatever happened."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "error", str(SCRIPT)]
+    with (folder / "log").open("w") as log:
+        running = [
+            subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=log)
+            for rank in range(2)
+        ]
+        try:
+            codes = [process.wait(timeout=90) for process in running]
+        finally:
+            for process in running:
+                process.kill()
+    assert codes == [0, 0], (folder / "log").read_text()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", ["training", "second_order", "whole_batches", "far_from_zero", "eval_mode"])
+def test_two_processes_are_one(found: list[dict[str, Any]], case: str, rank: int) -> None:
+    pairs = found[rank][case]
+    assert pairs or (case, rank) == ("eval_mode", 0)
+    for name, (ours, expected) in pairs.items():
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_statistics_of_too_few_values_are_an_error_in_every_process(found: list[dict[str, Any]]) -> None:
+    few = "expected at least 2 values a channel from all processes together in training, got {} for statistics 1; make"
+    for rank in range(2):
+        errors = found[rank]["errors"]
+        assert errors["one value"].startswith(few.format(1)) and errors["no value"].startswith(few.format(0))
+        assert errors["negative"].startswith("expected sizes >= 0, got sizes=[3, -1]")

@@ -101,7 +101,9 @@ class MixtureBatchNorm(_BatchNorm):
         if self.track_running_stats and self.running_mean is not None:
             for part in parts:
                 part.num_batches_tracked.add_(1)
-            options["momentum"] = [1 / p.num_batches_tracked.double() if p.momentum is None else p.momentum for p in parts]
+            options["momentum"] = [
+                1 / p.num_batches_tracked.double() if p.momentum is None else p.momentum for p in parts
+            ]
             options["running_mean"] = [part.running_mean for part in parts]
             options["running_var"] = [part.running_var for part in parts]
         if self.affine:

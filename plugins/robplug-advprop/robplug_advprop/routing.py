@@ -31,7 +31,8 @@ def route(
 
     Raises:
         InputError: the model has no mixture batch norm or not as many statistics, a part is empty, or both or none of
-            ``which`` and ``sizes`` are given. In a pass: the batch is not as large as ``sizes`` say.
+            ``which`` and ``sizes`` are given. In a pass: the batch is not as large as ``sizes`` say. At the end: routes
+            overlap without one inside the other, which ends them all.
 
     Example:
         >>> import torch
@@ -49,11 +50,15 @@ def route(
     least = 0 if all(layer.processes() > 1 for layer in layers) else 1
     chosen = _read(which, sizes, min(len(layer.auxiliary) for layer in layers), least)
     before = getattr(ROUTES, "by_layer", None)
-    ROUTES.by_layer = {**(before or {}), **{id(layer): chosen for layer in layers}}
+    ROUTES.by_layer = own = {**(before or {}), **{id(layer): chosen for layer in layers}}
     try:
         yield
     finally:
-        ROUTES.by_layer = before
+        crossed = ROUTES.by_layer is not own
+        ROUTES.by_layer = None if crossed else before
+    if crossed:
+        remedy = "use with, and leave it in the thread that entered it"
+        raise InputError("the innermost route to end first", "routes that overlap", remedy)
 
 
 def _read(which: str | int | None, sizes: Sequence[int] | None, auxiliary: int, least: int) -> Route:

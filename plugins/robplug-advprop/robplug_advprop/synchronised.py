@@ -42,11 +42,10 @@ def moments(parts: Sequence[Tensor], process_group: Any = None) -> tuple[Tensor,
 
 def _summary(part: Tensor) -> Tensor:
     """Returns (3, C): number of values, mean, and sum of squared deviations from it."""
-    channels = part.shape[1]
-    table = part.transpose(0, 1).reshape(channels, part.numel() // channels)
-    count = table.shape[1]
-    mean = table.sum(1) / max(count, 1)
-    return torch.stack([torch.full_like(mean, count), mean, (table - mean[:, None]).square().sum(1)])
+    dims, count = [0, *range(2, part.dim())], part.numel() // part.shape[1]
+    mean = part.sum(dims, keepdim=True) / max(count, 1)
+    squares = (part - mean).square().sum(dims)
+    return torch.stack([torch.full_like(squares, count), mean.flatten(), squares])
 
 
 class _AllReduce(torch.autograd.Function):

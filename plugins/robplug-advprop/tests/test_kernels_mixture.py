@@ -13,8 +13,10 @@ from robplug_advprop.kernels import reference
 SIZES = [3, 4]
 
 
-def inputs(shape: tuple[int, ...] = (7, 5, 4, 3), dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(shape, dtype=dtype) * 3 + 2
+def inputs(
+    shape: tuple[int, ...] = (7, 5, 4, 3), dtype: torch.dtype = torch.float64, mean: float = 2.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(shape, dtype=dtype) * 3 + mean
     rows = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias = (torch.randn(len(SIZES), shape[1], dtype=rows) for _ in range(2))
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
@@ -28,7 +30,7 @@ def one_by_one(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> T
 
 
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 6), (7, 5, 4, 3), (7, 2, 3, 2, 3), (7, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 6), (7, 5, 4, 3), (7, 5, 6, 7), (7, 2, 3, 4, 3), (7, 1, 1, 1)])
 def test_value_and_gradients_are_those_of_batch_norm_part_by_part(shape: tuple[int, ...], relu: bool) -> None:
     leaves = inputs(shape)
     ours, theirs = mixture_batch_norm(leaves[0], SIZES, *leaves[1:], relu=relu), one_by_one(*leaves, relu=relu)
@@ -57,14 +59,15 @@ def test_equal_groups_with_equal_state_give_equal_halves() -> None:
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_gradcheck_and_gradgradcheck(relu: bool) -> None:
-    leaves = inputs((7, 2, 2, 1))
+@pytest.mark.parametrize(("shape", "sizes"), [((7, 2, 2, 1), SIZES), ((3, 1, 32), [1, 2])])
+def test_gradcheck_and_gradgradcheck(relu: bool, shape: tuple[int, ...], sizes: list[int]) -> None:
+    leaves = inputs(shape)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return mixture_batch_norm(x, SIZES, weight, bias, eps=1e-2, relu=relu)
+        return mixture_batch_norm(x, sizes, weight, bias, eps=1e-2, relu=relu)
 
     # no value lies on the kink
-    assert mixture_batch_norm(leaves[0], SIZES, *leaves[1:], eps=1e-2).abs().min() > 1e-4
+    assert mixture_batch_norm(leaves[0], sizes, *leaves[1:], eps=1e-2).abs().min() > 1e-4
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradgradcheck(run, leaves)
 
@@ -134,11 +137,15 @@ def test_channels_last_in_three_dimensions_and_a_gradient_that_is_one_number() -
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("mean", [2.0, 30.0])
+@pytest.mark.parametrize("shape", [(7, 5, 4, 3), (7, 5, 7, 7)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_other_dtypes_are_at_most_twice_as_far_from_the_truth_as_batch_norm(dtype: torch.dtype) -> None:
-    leaves = inputs(dtype=dtype)
+def test_other_dtypes_are_at_most_twice_as_far_from_the_truth_as_batch_norm(
+    dtype: torch.dtype, shape: tuple[int, ...], mean: float
+) -> None:
+    leaves = inputs(shape, dtype, mean)
     truth = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    g = torch.randn(7, 5, 4, 3).to(dtype)
+    g = torch.randn(shape).to(dtype)
     exact = one_by_one(*truth)
     exact_gradients = torch.autograd.grad(exact, truth, g.double())
     theirs, ours = one_by_one(*leaves), mixture_batch_norm(leaves[0], SIZES, *leaves[1:])
@@ -164,13 +171,30 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(found, gradients, strict=True))
 
 
-def test_a_constant_channel_and_a_nan_stay_where_they_are() -> None:
-    x = torch.randn(7, 3, 4)
+@pytest.mark.parametrize("length", [4, 40])
+def test_a_constant_channel_and_a_nan_stay_where_they_are(length: int) -> None:
+    x = torch.randn(7, 3, length)
     x[:, 0], x[0, 1, 0] = 2.0, torch.nan
     bias = torch.tensor([[0.5, 0.0, 0.0], [0.25, 0.0, 0.0]])
     out = mixture_batch_norm(x, SIZES, bias=bias, relu=True)
     assert bool((out[:3, 0] == 0.5).all()) and bool((out[3:, 0] == 0.25).all())
     assert out.isnan().nonzero()[:, :2].unique(dim=0).tolist() == [[0, 1], [1, 1], [2, 1]]
+
+
+def test_constant_rows_of_a_channel_that_is_not_constant() -> None:
+    x = torch.arange(7.0, dtype=torch.float64)[:, None, None].expand(7, 2, 40).contiguous()
+    expected = [F.batch_norm(part, None, None, training=True) for part in x.split(SIZES)]
+    torch.testing.assert_close(mixture_batch_norm(x, SIZES), torch.cat(expected))
+
+
+@pytest.mark.parametrize("length", [8, 64])
+def test_the_variance_does_not_drown_in_the_mean(length: int) -> None:
+    x = (torch.randn(7, 2, length, dtype=torch.float64) + 1e4).float()
+    means, variances = torch.zeros(2, 2), torch.zeros(2, 2)
+    mixture_batch_norm(x, SIZES, running_mean=means, running_var=variances, momentum=1.0)
+    for k, part in enumerate(x.double().split(SIZES)):
+        torch.testing.assert_close(means[k].double(), part.mean((0, 2)), rtol=1e-7, atol=0)
+        torch.testing.assert_close(variances[k].double(), part.var((0, 2)), rtol=1e-3, atol=0)
 
 
 def test_inputs_are_never_written() -> None:

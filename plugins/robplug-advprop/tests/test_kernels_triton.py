@@ -67,6 +67,7 @@ def both(
         ((5, 3, 3, 7), [5], "gaps", {"tile": (64, 1), "shares": 4}),
         ((6, 6, 2, 3), [1, 5], "turned", {"tile": (8, 2), "shares": 1}),
         ((6, 3, 4, 4), [2, 4], "contiguous", {}),
+        ((5, 2, 6, 7), [2, 3], "contiguous", {"tile": (32, 1), "shares": 2}),
         ((6, 40, 2, 2), [2, 4], "channels_last", {"tile": None}),
     ],
 )

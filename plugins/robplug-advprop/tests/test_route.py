@@ -75,19 +75,23 @@ def test_several_sizes_are_plain_layers_fed_separately(sizes: list[int], mode: b
             torch.testing.assert_close(part.get_buffer(name), buffer, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("length", [2, 40])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_statistics_of_50_steps_equal_those_of_plain_layers(momentum: float | None) -> None:
-    layer = MixtureBatchNorm1d(4, auxiliary=2, momentum=momentum)
-    plain = [nn.BatchNorm1d(4, momentum=momentum) for _ in range(3)]
+def test_statistics_of_50_steps_equal_those_of_plain_layers(
+    momentum: float | None, length: int, dtype: torch.dtype, close: float
+) -> None:
+    layer = MixtureBatchNorm1d(4, auxiliary=2, momentum=momentum, dtype=dtype)
+    plain = [nn.BatchNorm1d(4, momentum=momentum, dtype=dtype) for _ in range(3)]
     for step in range(50):
-        x = torch.randn(9, 4) * (1 + step / 10) + step
+        x = torch.randn(9, 4, length, dtype=dtype) * (1 + step / 10) + step
         with route(layer, sizes=[2, 3, 4]):
             layer(x)
         for one, part in zip(plain, x.split([2, 3, 4]), strict=True):
             one(part)
     for one, part in zip(plain, [layer, *layer.auxiliary], strict=True):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
-            torch.testing.assert_close(getattr(part, name), getattr(one, name), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(getattr(part, name), getattr(one, name), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
@@ -137,6 +141,18 @@ def test_routes_nest_and_end_with_their_block() -> None:
     expected._modules["3"] = alone(model, 0)[3]
     assert torch.equal(mixed, expected(X))
     assert torch.equal(model(X), outs[0])
+
+
+def test_routes_that_overlap_are_refused_and_leave_nothing_behind() -> None:
+    model = network().eval()
+    first, second = route(model, 1), route(model[3], 2)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(InputError, match="the innermost route to end first, got routes that overlap; use with"):
+        first.__exit__(None, None, None)
+    with pytest.raises(InputError, match="routes that overlap"):
+        second.__exit__(None, None, None)
+    assert torch.equal(model(X), alone(model, 0)(X))
 
 
 def test_models_do_not_see_each_others_routes() -> None:

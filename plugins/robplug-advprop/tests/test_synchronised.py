@@ -38,8 +38,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_processes_are_one(found: list[dict[str, Any]], case: str, rank: int) -> None:
     pairs = found[rank][case]
     assert pairs or (case, rank) == ("eval_mode", 0)
+    close = 1e-4 if case == "far_from_zero" else 1e-10  # single and double precision
     for name, (ours, expected) in pairs.items():
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours, expected, rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_statistics_of_too_few_values_are_an_error_in_every_process(found: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,6 +41,12 @@ def together(cuts: list[list[list[int]]], step: int) -> tuple[list[Tensor], list
         everyone.append(whole)
         here.append(whole[:mine] if RANK == 0 else whole[mine:])
     return here, everyone, [len(part) for part in everyone]
+
+
+def own(everyone: Sequence[Tensor], here: Sequence[Tensor]) -> Tensor:
+    """Returns of each part of all processes what belongs to this one."""
+    pairs = zip(everyone, here, strict=True)
+    return torch.cat([part[: len(mine)] if RANK == 0 else part[len(part) - len(mine) :] for part, mine in pairs])
 
 
 def network(kind: type[nn.Module]) -> nn.Module:
@@ -99,10 +105,9 @@ def second_order() -> Results:
 
     mine = gradients(ours, torch.cat(here), [len(part) for part in here])
     by_x, *by_weights = gradients(alone, torch.cat(everyone), sizes)
-    own = torch.cat([part[: len(h)] if RANK == 0 else part[-len(h) :] for part, h in zip(by_x.split(sizes), here)])
     for gradient in mine[1:]:
         dist.all_reduce(gradient)
-    pairs = zip(("x", "weight", "auxiliary weight"), mine, (own, *by_weights), strict=True)
+    pairs = zip(("x", "weight", "auxiliary weight"), mine, (own(by_x.split(sizes), here), *by_weights), strict=True)
     return {name: (one, other) for name, one, other in pairs}
 
 
@@ -120,10 +125,8 @@ def whole_batches() -> Results:
         for plain, part in zip(statistics, torch.cat(everyone).split(kept), strict=True):
             F.batch_norm(part, plain.running_mean, plain.running_var, training=True)
             plain.num_batches_tracked += 1
-        expected = [F.batch_norm(part, None, None, training=True) for part in everyone if len(part)]
-        held = [len(part) for part, all_ in zip(here, everyone, strict=True) if len(all_)]
-        own = torch.cat([part[:n] if RANK == 0 else part[len(part) - n :] for part, n in zip(expected, held)])
-        found[f"{options} out"] = (out, own)
+        expected = [F.batch_norm(part, None, None, training=True) if len(part) else part for part in everyone]
+        found[f"{options} out"] = (out, own(expected, here))
         state = alone.state_dict()
         found |= {f"{options} {name}": (value, state[name]) for name, value in ours.state_dict().items()}
     return found
@@ -136,10 +139,8 @@ def far_from_zero() -> Results:
     layer = convert(nn.SyncBatchNorm(2, momentum=1.0))
     with route(layer, sizes=[3, 1] if RANK == 0 else [2, 4]):
         layer(torch.cat([x[:3], x[5:6]]) if RANK == 0 else torch.cat([x[3:5], x[6:]]))
-    found = {}
-    for part, statistics in zip(x.double().split([5, 5]), (layer, layer.auxiliary[0]), strict=True):
-        found[f"variance {len(found)}"] = (statistics.running_var / part.var((0, 2, 3)) - 1, torch.zeros(2))
-    return {name: (one.float() / 1e6, other) for name, (one, other) in found.items()}
+    truth = zip(("main", "auxiliary"), (layer, layer.auxiliary[0]), x.double().split(5), strict=True)
+    return {name: (part.running_var.double(), exact.var((0, 2, 3))) for name, part, exact in truth}
 
 
 def eval_mode() -> Results:

@@ -64,16 +64,17 @@ def mixture_batch_norm(
     mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
     saved = torch.empty_like(weight[0]), torch.empty_like(weight[0])
     in_place, by_rows = _is_dense(x), _has_rows(x)
-    for k, part in enumerate(_parts(sizes)):
-        group, biased = x[part], var[k]
+    for k, (group, result) in enumerate(zip(x.split(sizes), out.split(sizes), strict=True)):
+        biased = var[k]
         if by_rows:
-            mean[k], biased = _moments_of_rows(group)
-            torch.mul(biased, 1 + 1 / (group.numel() // group.shape[1] - 1), out=var[k])
+            mean[k], biased = (moment.to(mean.dtype) for moment in _moments_of_rows(group))
+            count = group.numel() // group.shape[1]
+            torch.mul(biased, count / (count - 1), out=var[k])
         arguments = (group, weight[k], bias[k], mean[k], biased, not by_rows, 1.0, eps)
         if in_place:
-            torch.native_batch_norm(*arguments, out=(out[part], *saved))
+            torch.native_batch_norm(*arguments, out=(result, *saved))
         else:
-            out[part], *_ = torch.native_batch_norm(*arguments)
+            result.copy_(torch.native_batch_norm(*arguments)[0])
     return out.relu_() if relu else out, mean, var
 
 
@@ -88,14 +89,20 @@ def mixture_batch_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `gradients`, given the statistics that the forward pass returned."""
-    by_x, by_weight, by_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    by_x, by_weight, by_bias = torch.empty_like(x), [], []
     inverse = inverse_deviation(x, var, sizes, eps)
-    for k, part in enumerate(_parts(sizes)):
-        upstream = g[part] if out is None else torch.ops.aten.threshold_backward(g[part], out[part], 0)
-        by_x[part], by_weight[k], by_bias[k] = torch.ops.aten.native_batch_norm_backward(
-            upstream, x[part], weight[k], None, None, mean[k], inverse[k], True, eps, [True, True, True]
+    outs = [None] * len(sizes) if out is None else out.split(sizes)
+    groups = zip(g.split(sizes), x.split(sizes), outs, weight, mean, inverse, by_x.split(sizes), strict=True)
+    for upstream, group, active, scale, centre, deviation, result in groups:
+        if active is not None:
+            upstream = torch.ops.aten.threshold_backward(upstream, active, 0)
+        part, *sums = torch.ops.aten.native_batch_norm_backward(
+            upstream, group, scale, None, None, centre, deviation, True, eps, [True, True, True]
         )
-    return by_x, by_weight, by_bias
+        result.copy_(part)
+        by_weight.append(sums[0])
+        by_bias.append(sums[1])
+    return by_x, torch.stack(by_weight), torch.stack(by_bias)
 
 
 def inverse_deviation(x: Tensor, var: Tensor, sizes: list[int], eps: float) -> Tensor:
@@ -114,17 +121,18 @@ def _normal(group: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """Returns whether a channel of a sample is a row of single or double precision, and long enough to be worth it."""
-    return x.is_contiguous() and x.shape[2:].numel() >= 32 and x.dtype == accumulator(x)
+    """Returns whether channels of samples are rows of single or double precision, long enough to pay, on the CPU."""
+    return x.is_cpu and x.is_contiguous() and x.shape[2:].numel() >= 32 and x.dtype == accumulator(x)
 
 
 def _moments_of_rows(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and biased variance of each channel, put together from those of its rows.
+    """Returns mean and biased variance of each channel in float64, put together from those of its rows.
 
-    On the CPU, the library's group norm goes through a row in vectors, its batch norm value by value.
+    The library's group norm goes through a row in vectors, its batch norm value by value.
     """
     (count, channels), length = group.shape[:2], group.shape[2:].numel()
     _, means, inverses = torch.native_group_norm(group, None, None, count, channels, length, channels, 0.0)
+    means, inverses = means.double(), inverses.double()
     mean = means.mean(0)
     return mean, (inverses.pow(-2) + (means - mean).square()).mean(0)
 
@@ -141,8 +149,3 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 def _row(tensor: Tensor, k: int, x: Tensor) -> Tensor:
     return tensor[k].view(-1, *[1] * (x.dim() - 2))
-
-
-def _parts(sizes: list[int]) -> list[slice]:
-    ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -7,6 +7,8 @@ place, so that nothing is split and joined.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -89,20 +91,24 @@ def mixture_batch_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `gradients`, given the statistics that the forward pass returned."""
-    by_x, by_weight, by_bias = torch.empty_like(x), [], []
-    inverse = inverse_deviation(x, var, sizes, eps)
+    by_x, inverse = torch.empty_like(x), inverse_deviation(x, var, sizes, eps)
     outs = [None] * len(sizes) if out is None else out.split(sizes)
-    groups = zip(g.split(sizes), x.split(sizes), outs, weight, mean, inverse, by_x.split(sizes), strict=True)
-    for upstream, group, active, scale, centre, deviation, result in groups:
-        if active is not None:
-            upstream = torch.ops.aten.threshold_backward(upstream, active, 0)
-        part, *sums = torch.ops.aten.native_batch_norm_backward(
-            upstream, group, scale, None, None, centre, deviation, True, eps, [True, True, True]
-        )
-        result.copy_(part)
-        by_weight.append(sums[0])
-        by_bias.append(sums[1])
+    groups = zip(by_x.split(sizes), g.split(sizes), x.split(sizes), outs, weight, mean, inverse, strict=True)
+    by_weight, by_bias = zip(*(_group_backward(*group) for group in groups), strict=True)
     return by_x, torch.stack(by_weight), torch.stack(by_bias)
+
+
+def _group_backward(
+    by_x: Tensor, g: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, mean: Tensor, inverse: Tensor
+) -> Sequence[Tensor]:
+    """Writes the gradient with respect to a group to where it belongs, and returns those of weight and bias."""
+    if out is not None:
+        g = torch.ops.aten.threshold_backward(g, out, 0)
+    part, *by_affine = torch.ops.aten.native_batch_norm_backward(
+        g, x, weight, None, None, mean, inverse, True, 0.0, [True, True, True]
+    )
+    by_x.copy_(part)
+    return by_affine
 
 
 def inverse_deviation(x: Tensor, var: Tensor, sizes: list[int], eps: float) -> Tensor:

@@ -135,11 +135,15 @@ class MixtureSyncBatchNorm(MixtureBatchNorm):
 
     Raises:
         InputError: in training on the CPU, statistics get fewer than two values a channel from all processes together.
-            Elsewhere this is not looked at, since reading a number would wait for the device, and NaN comes out.
+            Elsewhere, and compiled, nobody looks, since to read a number is to wait for the device or to break the graph:
+            one value gives a running variance of NaN.
     """
 
-    process_group: Any = None
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.process_group: Any = None
 
     def processes(self) -> int:
         """Returns the number of processes that share statistics, 1 where nothing is distributed."""
@@ -162,7 +166,7 @@ class MixtureSyncBatchNorm(MixtureBatchNorm):
         # statistics that nobody here uses, others may
         batches = exact.split([sizes.get(k, 0) for k in range(len(parts))])
         counts, means, variances = moments(batches, self.process_group)
-        if x.device.type == "cpu":
+        if x.is_cpu and not torch.compiler.is_compiling():
             _enough(counts.tolist(), sizes)
         if self.track_running_stats and self.running_mean is not None:
             self._follow(parts, counts, means.detach(), variances.detach())

@@ -139,6 +139,8 @@ def test_a_layer_made_by_hand_is_one_that_was_converted() -> None:
     assert made.state_dict().keys() == converted.state_dict().keys()
     assert repr(made) == repr(converted)
     assert type(drop_auxiliary(made)) is nn.BatchNorm2d
+    shared = drop_auxiliary(MixtureSyncBatchNorm(3))
+    assert type(shared) is nn.SyncBatchNorm and vars(shared).keys() == vars(nn.SyncBatchNorm(3)).keys()
 
 
 def test_group_norm_in_every_place() -> None:

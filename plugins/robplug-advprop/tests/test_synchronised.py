@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+CASES = ("training", "second_order", "whole_batches", "far_from_zero", "eval_mode")
+
+
+def run(folder: Path, *cases: str) -> list[dict[str, Any]]:
     """Returns what the two processes found; both are gone by then, whatever happened."""
-    folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(folder)]
+    warnings = ("-W", "error", "-W", "ignore::DeprecationWarning")  # of the compiler itself
+    command = [sys.executable, *warnings, str(SCRIPT), str(folder), *cases]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -33,16 +36,31 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("case", ["training", "second_order", "whole_batches", "far_from_zero", "eval_mode"])
-def test_two_processes_are_one(found: list[dict[str, Any]], case: str, rank: int) -> None:
-    pairs = found[rank][case]
-    assert pairs or (case, rank) == ("eval_mode", 0)
-    close = 1e-4 if case == "far_from_zero" else 1e-10  # single and double precision
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("processes"), *CASES, "errors")
+
+
+def compare(pairs: dict[str, tuple[Tensor, Tensor]], close: float) -> None:
     for name, (ours, expected) in pairs.items():
         torch.testing.assert_close(
             ours, expected, rtol=close, atol=close, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(found: list[dict[str, Any]], case: str, rank: int) -> None:
+    pairs = found[rank][case]
+    assert pairs or (case, rank) == ("eval_mode", 0)
+    compare(pairs, 1e-4 if case == "far_from_zero" else 1e-10)  # single and double precision
+
+
+@pytest.mark.slow
+def test_compiled_without_a_graph_break(tmp_path: Path) -> None:
+    for one in run(tmp_path, "compiled"):
+        assert len(one["compiled"]) == 10
+        compare(one["compiled"], 1e-10)
 
 
 def test_statistics_of_too_few_values_are_an_error_in_every_process(found: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Two processes: `python two_processes.py FOLDER`; what each case gave, and what it should, goes to a file for each.
+"""Two processes: `python two_processes.py FOLDER CASE...`; what each case gave, and should, goes to a file for each.
 
 What it should give is computed by one process, with the whole batch and layers that synchronise nothing.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -152,6 +152,17 @@ def eval_mode() -> Results:
     return {}
 
 
+def compiled() -> Results:
+    """Without a graph break: the collectives are part of the graph, forward and backward."""
+    eager, graph = (convert(nn.SyncBatchNorm(3).double()) for _ in range(2))
+    here, *_ = together([[[3, 1], [2, 4]]], 0)
+    for layer in (eager, torch.compile(graph, backend="aot_eager", fullgraph=True)):
+        with route(layer, sizes=[len(part) for part in here]):
+            layer(torch.cat(here)).pow(3).sum().backward()
+    found = {name: (part.grad, eager.get_parameter(name).grad) for name, part in graph.named_parameters()}
+    return found | {name: (part, eager.get_buffer(name)) for name, part in graph.named_buffers()}
+
+
 def errors() -> dict[str, str]:
     """One value a channel in all, a group that is empty everywhere, and a negative size."""
     found, layer = {}, convert(nn.SyncBatchNorm(3))
@@ -166,14 +177,11 @@ def errors() -> dict[str, str]:
     return found
 
 
-CASES: tuple[Callable[[], object], ...] = (training, second_order, whole_batches, far_from_zero, eval_mode, errors)
-
-
 def main() -> None:
-    """Runs all cases among two processes that wait at most 20 seconds for each other."""
+    """Runs cases among two processes that wait at most 20 seconds for each other."""
     where = f"file://{FOLDER / 'meeting'}"
     dist.init_process_group("gloo", init_method=where, rank=RANK, world_size=2, timeout=timedelta(seconds=20))
-    torch.save({case.__name__: case() for case in CASES}, FOLDER / f"{RANK}.pt")
+    torch.save({name: globals()[name]() for name in sys.argv[2:]}, FOLDER / f"{RANK}.pt")
     dist.destroy_process_group()
 
 

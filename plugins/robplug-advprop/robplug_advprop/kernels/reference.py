@@ -93,7 +93,8 @@ def mixture_batch_norm_backward(
     """Returns `gradients`, given the statistics that the forward pass returned."""
     by_x, inverse = torch.empty_like(x), inverse_deviation(x, var, sizes, eps)
     outs = [None] * len(sizes) if out is None else out.split(sizes)
-    groups = zip(by_x.split(sizes), g.split(sizes), x.split(sizes), outs, weight, mean, inverse, strict=True)
+    rows = weight.unbind(), mean.unbind(), inverse.unbind()
+    groups = zip(by_x.split(sizes), g.split(sizes), x.split(sizes), outs, *rows, strict=True)
     by_weight, by_bias = zip(*(_group_backward(*group) for group in groups), strict=True)
     return by_x, torch.stack(by_weight), torch.stack(by_bias)
 

@@ -135,8 +135,8 @@ class MixtureSyncBatchNorm(MixtureBatchNorm):
 
     Raises:
         InputError: in training on the CPU, statistics get fewer than two values a channel from all processes together.
-            Elsewhere, and compiled, nobody looks, since to read a number is to wait for the device or to break the graph:
-            one value gives a running variance of NaN.
+            Elsewhere, and compiled, nobody looks, since to read a number is to wait for the device, or to break the
+            graph: one value gives a running variance of NaN.
     """
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim

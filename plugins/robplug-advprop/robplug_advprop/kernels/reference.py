@@ -7,8 +7,6 @@ place, so that nothing is split and joined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -101,7 +99,7 @@ def mixture_batch_norm_backward(
 
 def _group_backward(
     by_x: Tensor, g: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, mean: Tensor, inverse: Tensor
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     """Writes the gradient with respect to a group to where it belongs, and returns those of weight and bias."""
     if out is not None:
         g = torch.ops.aten.threshold_backward(g, out, 0)

@@ -17,7 +17,8 @@ from torch import Tensor
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
 
-CASES = ("training", "second_order", "whole_batches", "far_from_zero", "eval_mode")
+CASES = ("training", "second_order", "whole_batches", "far_from_zero", "half_precision", "eval_mode")
+CLOSE = {"far_from_zero": 1e-4, "half_precision": 2**-8}  # 1e-10 of the rest, in double precision
 
 
 def run(folder: Path, *cases: str) -> list[dict[str, Any]]:
@@ -53,7 +54,7 @@ def compare(pairs: dict[str, tuple[Tensor, Tensor]], close: float) -> None:
 def test_two_processes_are_one(found: list[dict[str, Any]], case: str, rank: int) -> None:
     pairs = found[rank][case]
     assert pairs or (case, rank) == ("eval_mode", 0)
-    compare(pairs, 1e-4 if case == "far_from_zero" else 1e-10)  # single and double precision
+    compare(pairs, CLOSE.get(case, 1e-10))
 
 
 @pytest.mark.slow

@@ -143,6 +143,19 @@ def far_from_zero() -> Results:
     return {name: (part.running_var.double(), exact.var((0, 2, 3))) for name, part, exact in truth}
 
 
+def half_precision() -> Results:
+    """Dtype and strides of a batch stay; it is computed in single precision."""
+    ours, alone = (convert(kind(3)) for kind in (nn.SyncBatchNorm, nn.BatchNorm2d))
+    here, everyone, sizes = together([[[3, 1], [2, 4]]], 0)
+    x = torch.cat(here).bfloat16().to(memory_format=torch.channels_last)
+    with route(ours, sizes=[len(part) for part in here]), torch.autocast("cpu", torch.bfloat16):
+        out = ours(x)
+    assert (out.dtype, out.stride()) == (x.dtype, x.stride())
+    with route(alone, sizes=sizes):
+        expected = alone(torch.cat(everyone).bfloat16().float())
+    return {"out": (out.float(), own(expected.split(sizes), here)), "var": (ours.running_var, alone.running_var)}
+
+
 def eval_mode() -> Results:
     """Nothing is shared: one process alone makes a pass, with an empty part."""
     layer, x = convert(nn.SyncBatchNorm(3).double()).eval(), torch.rand(2, 3, 4, 4, dtype=torch.float64)

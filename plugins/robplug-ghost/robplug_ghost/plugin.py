@@ -19,6 +19,7 @@ def robplug_targets() -> list[TargetSpec]:
             make="robplug_ghost.targets:skip_erosion",
             summary="a network whose shortcuts are weighted at random, anew in each forward pass",
             source=f"{PAPER}, skip connection erosion",
+            of="one",
             params={**SKIP, **SERIES},
         ),
         TargetSpec(
@@ -26,6 +27,7 @@ def robplug_targets() -> list[TargetSpec]:
             make="robplug_ghost.targets:dropout_erosion",
             summary="a network with dropout after each top-level block, anew in each forward pass",
             source=f"{PAPER}, dropout erosion",
+            of="one",
             params={**DROPOUT, **SERIES},
         ),
         TargetSpec(
@@ -33,6 +35,7 @@ def robplug_targets() -> list[TargetSpec]:
             make="robplug_ghost.targets:both",
             summary="skip erosion and dropout erosion together",
             source=PAPER,
+            of="one",
             params={**SKIP, **DROPOUT, **SERIES},
         ),
     ]

@@ -59,7 +59,7 @@ def test_philox_of_more_counters_than_a_chunk() -> None:
 
 
 def weights_by_hand(layer: int, channels: int, skip: float) -> Tensor:
-    words = [philox_by_hand((SEED & MASK, SEED >> 32), (0, c, layer, 0))[0] for c in range(channels)]
+    words = [philox_by_hand((SEED & MASK, SEED >> 32), (c // 4, 0, layer, 0))[c % 4] for c in range(channels)]
     return torch.tensor([1 - skip + 2 * skip * ((word >> 8) + 0.5) / 2**24 for word in words], dtype=torch.float64)
 
 

@@ -1,13 +1,13 @@
 """The definition of the kernels in plain PyTorch, forward and backward; what runs wherever Triton does not.
 
 Random numbers are words of Philox4x32-10 (Salmon et al. 2011, section 3.3) with a ghost's seed as key, so that any of
-them can be had alone and anew. The counter is (number, channel, layer, kind):
+them can be had alone and anew. The last word of the counter says what for:
 
-| kind | number | what for |
-|-|-|-|
-| 0 | 0 | the weight of a channel, from word 0 |
-| 1 | position // 4 | whether a position of a channel is kept, from word position % 4 |
-| 2 | low and high word of n in place of number and channel | the seed of a series' n-th ghost, from words 0 and 1 |
+| counter | what for |
+|-|-|
+| channel // 4, 0, layer, 0 | the weight of a channel, from word channel % 4 |
+| position // 4, channel, layer, 1 | whether a position of a channel is kept, from word position % 4 |
+| low and high word of n, 0, 2 | the seed of a series' n-th ghost, from words 0 and 1 |
 
 No batch index occurs: a ghost is one network, the same for all samples. Values are computed in float32, or in float64
 where they are float64, and rounded once at the end.
@@ -89,12 +89,14 @@ def _weights(seed: int, group: int, channels: int, skip: float, device: torch.de
     The 24 bits and the skip, rounded to float32, have an exact product in float64, so that it makes no difference
     whether the addition is fused.
     """
-    counter = torch.zeros(4, TOGETHER, channels, dtype=torch.int64, device=device)
-    counter[1] = torch.arange(channels, device=device)
+    blocks = -(-channels // 4)
+    counter = torch.zeros(4, TOGETHER, blocks, dtype=torch.int64, device=device)
+    counter[0] = torch.arange(blocks, device=device)
     counter[2] = torch.arange(group * TOGETHER, (group + 1) * TOGETHER, device=device)[:, None]
     counter[3] = SKIP
-    first = philox(seed, counter.flatten(1))[0].view(TOGETHER, channels) >> (32 - BITS)
-    symmetric = (2 * first + 1 - 2**BITS).double() / 2**BITS
+    words = philox(seed, counter.flatten(1)).view(4, TOGETHER, blocks)
+    bits = words.permute(1, 2, 0).reshape(TOGETHER, 4 * blocks)[:, :channels] >> (32 - BITS)
+    symmetric = (2 * bits + 1 - 2**BITS).double() / 2**BITS
     return (1 + single(skip) * symmetric).float()
 
 

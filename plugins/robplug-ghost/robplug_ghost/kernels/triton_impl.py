@@ -41,8 +41,10 @@ def _offsets(sample, channel, position, stride_n, stride_c, stride_p):
 def _weights(seed, layer, channel, WIDTH: tl.constexpr):
     """Returns a float32 weight for each channel; see ``reference.channel_weights`` for the rounding."""
     none = channel * 0
-    first, _b, _c, _d = tl.philox(seed, none, channel, none + layer, none + SKIP_KIND)
-    symmetric = (2 * (first >> 8).to(tl.int32) - 16777215).to(tl.float64) * (1.0 / 16777216.0)
+    a, b, c, d = tl.philox(seed, channel // 4, none, none + layer, none + SKIP_KIND)
+    word = channel % 4
+    bits = tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
+    symmetric = (2 * (bits >> 8).to(tl.int32) - 16777215).to(tl.float64) * (1.0 / 16777216.0)
     return (1.0 + WIDTH * symmetric).to(tl.float32)
 
 

@@ -162,6 +162,27 @@ def test_it_finds_blocks_of_plain_networks(make: Any, blocks: list[str]) -> None
     assert found == tuple(f"dropout erosion after {name}" for name in blocks)
 
 
+@pytest.mark.parametrize(
+    ("name", "skip", "dropout", "last"),
+    [
+        ("resnet50", 0.22, 1.0, "skip erosion in layer4.2: relu(w * x + bn3)"),
+        ("mobilenet_v2", 0.22, 1.0, "skip erosion in features.16: w * x + conv"),
+        ("vgg11", 0.0, 0.99, "dropout erosion after features.20"),
+        ("inception_v3", 0.0, 0.99, "dropout erosion after Mixed_7c"),
+    ],
+)
+def test_networks_of_torchvision(name: str, skip: float, dropout: float, last: str) -> None:
+    try:
+        from torchvision import models
+    except Exception as error:  # its compiled part may be of another torch
+        pytest.skip(f"torchvision: {error}")
+    model = models.get_model(name, weights=None).eval()
+    assert GhostNetwork(model, skip, dropout).found[-1] == last
+    x = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(GhostNetwork(model, skip and 1e-30, 1 - (1 - dropout) * 1e-14)(x), model(x))
+
+
 def test_sums_of_equals_are_no_residual_additions() -> None:
     class Twin(nn.Module):
         def __init__(self) -> None:

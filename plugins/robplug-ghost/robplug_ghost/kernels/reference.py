@@ -27,7 +27,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 CHUNK = 2**14  # counters, whose words stay in a core's cache
 BITS = 24  # of a word that a float32 holds exactly
-TOGETHER, REMEMBERED = 16, 64  # layers of a table, and tables
+TOGETHER, NARROW, REMEMBERED = 16, 256, 64  # layers of a table and channels that it has at least, and tables
 
 _tables: dict[tuple[int, int, int, float, torch.device | None], Tensor] = {}
 
@@ -51,15 +51,19 @@ def philox(seed: int, counter: Tensor) -> Tensor:
 
 
 def _philox(seed: int, counter: Tensor) -> Tensor:
-    """Rounds on the pairs (c0, c2) and (c1, c3); a product's high word goes to the other pair's place."""
-    steps = torch.tensor([MULTIPLIERS, KEY_STEPS], device=counter.device)[:, :, None]
-    key = torch.tensor([seed & WORD, seed >> 32], device=counter.device)[:, None]
+    """Rounds on the pairs (c0, c2) and (c3, c1); a product's high word goes to the other pair's place.
+
+    Only what is multiplied must be a word: masks distribute over exclusive or.
+    """
+    steps = torch.tensor([MULTIPLIERS, KEY_STEPS[::-1]], device=counter.device)[:, :, None]
+    key = torch.tensor([seed >> 32, seed & WORD], device=counter.device)[:, None]
+    keys = key + steps[1] * torch.arange(ROUNDS, device=counter.device)[:, None, None]
     even, odd = counter[0::2], counter[1::2].flip(0)
-    for _ in range(ROUNDS):
+    for round_key in keys.unbind():
         product = even * steps[0]  # modulo 2**64
-        even = (product >> 32).bitwise_and_(WORD).bitwise_xor_(odd).flip(0).bitwise_xor_(key)
-        odd = product.bitwise_and_(WORD)
-        key = (key + steps[1]).bitwise_and_(WORD)
+        swapped = (product >> 32).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(WORD)
+        even, odd = swapped.flip(0), product
+    odd = odd & WORD
     return torch.stack([even[0], odd[1], even[1], odd[0]])
 
 
@@ -72,15 +76,15 @@ def series_seed(seed: int, number: int) -> int:
 def channel_weights(seed: int, layer: int, channels: int, skip: float, device: torch.device | None = None) -> Tensor:
     """Returns (C,) float32 weights from U[1 - skip, 1 + skip].
 
-    A small layer's weights take longer to ask for than to compute: those of neighbouring layers are drawn along, and
-    the latest tables remembered, for the gradient as well.
+    A small layer's weights take longer to ask for than to compute: those of neighbouring layers and channels are drawn
+    along, and the latest tables remembered, for the gradient as well.
     """
-    key = (seed, layer // TOGETHER, channels, skip, device)
+    key = (seed, layer // TOGETHER, max(channels, NARROW), skip, device)
     if key not in _tables:
         if len(_tables) >= REMEMBERED:
             _tables.pop(next(iter(_tables)), None)
         _tables[key] = _weights(*key)
-    return _tables[key][layer % TOGETHER]
+    return _tables[key][layer % TOGETHER, :channels]
 
 
 def _weights(seed: int, group: int, channels: int, skip: float, device: torch.device | None) -> Tensor:

@@ -26,8 +26,8 @@ class GhostNetwork(nn.Module):
 
     The network is left as it is and shares layers and weights with its ghosts: moving or training one moves or trains
     the other (``copy.deepcopy`` it first, if it must not). Modules on the way to an erosion are copied without their
-    layers. A block with an eroded addition computes what it did in eval mode when it was traced, apart from its layers,
-    which follow the mode; arguments of its forward with a default have that default.
+    layers. In a block with an eroded addition, code that asks for the mode does what it does in eval mode, whereas its
+    layers follow theirs; arguments of its forward that have a default keep it and cannot be given.
 
     Differentiable: once, in x and in the parameters.
 

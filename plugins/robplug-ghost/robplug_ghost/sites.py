@@ -23,14 +23,12 @@ class Addition:
     """A residual addition in a traced block.
 
     Attributes:
-        node: the sum.
-        shortcut: the summand with fewer convolutions.
-        residual: the other one.
+        node: the sum of two summands.
+        shortcut: which of them, 0 or 1, has come through fewer convolutions.
     """
 
     node: fx.Node
-    shortcut: fx.Node
-    residual: fx.Node
+    shortcut: int
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,9 @@ def find(model: nn.Module) -> Found:
 
 
 def _look_into(name: str, module: nn.Module, found: Found) -> None:
+    if "forward" in vars(module):
+        found.untraced[name] = "its forward is not that of its class"
+        return
     try:
         graph = trace(module)
     except Exception as error:  # a user's forward may raise anything when no tensor comes
@@ -109,24 +110,32 @@ def trace(module: nn.Module) -> fx.Graph:
     """
     probe = copy.copy(module)
     probe._modules, probe._buffers = dict(module._modules), dict(module._buffers)
-    arguments = inspect.signature(type(module).forward).parameters.values()
+    _, *arguments = inspect.signature(type(module).forward).parameters.values()
     preset = {one.name: one.default for one in arguments if one.default is not inspect.Parameter.empty}
     graph = OneModuleTracer().trace(probe, concrete_args=preset or None)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in inputs[len(arguments) - len(preset) :]:
+        _erase(node)  # with the assertion of its value, which cannot be pickled: whoever gives one gets a TypeError
     for node in graph.nodes:
         node.type = None  # annotations that are strings cannot be pickled
     return graph
+
+
+def _erase(node: fx.Node) -> None:
+    """Erases a node and all that is made of it."""
+    for user in list(node.users):
+        _erase(user)
+    node.graph.erase_node(node)
 
 
 def _additions(graph: fx.Graph, module: nn.Module) -> Iterator[Addition]:
     for node in graph.nodes:
         if not _is_addition(node):
             continue
-        first, second = node.args
-        one, other = _origins(first), _origins(second)
-        convolutions = [_convolutions_of(part, module) for part in (one - other, other - one)]
-        if one & other and convolutions[0] != convolutions[1]:
-            shortcut, residual = (first, second) if convolutions[0] < convolutions[1] else (second, first)
-            yield Addition(node, shortcut, residual)
+        one, other = (_origins(summand) for summand in node.args)
+        first, second = (_convolutions_of(part, module) for part in (one - other, other - one))
+        if one & other and first != second:
+            yield Addition(node, shortcut=int(second < first))
 
 
 def _is_addition(node: fx.Node) -> bool:

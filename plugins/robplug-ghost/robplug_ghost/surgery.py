@@ -64,18 +64,20 @@ class Surgery:
     def _erode_additions(self, twin: nn.Module, block: Block, name: str) -> None:
         """Gives a copied module a forward of its own; class, attributes, hooks and state stay those of the original."""
         for addition in block.additions:
+            # looked up now: a summand may be an addition that has been replaced
+            shortcut, residual = (addition.node.args[i] for i in (addition.shortcut, 1 - addition.shortcut))
             relu = _relu_after(addition.node, twin)
             erosion = ErodeAdd(self.ghost, self._skips, self.skip, relu is not None)
             target = f"ghost_erosion_{self._skips}"
             twin._modules[target] = erosion
             self._skips += 1
             with block.graph.inserting_before(addition.node):
-                eroded = block.graph.call_module(target, (addition.shortcut, addition.residual))
+                eroded = block.graph.call_module(target, (shortcut, residual))
             for replaced in (relu, addition.node):
                 if replaced is not None:
                     replaced.replace_all_uses_with(eroded)
                     block.graph.erase_node(replaced)
-            total = f"w * {addition.shortcut} + {addition.residual}"
+            total = f"w * {shortcut} + {residual}"
             self.lines.append(f"skip erosion in {name or 'the network'}: {f'relu({total})' if relu else total}")
         # as an attribute and no child: its layers are those of the twin
         vars(twin)["forward"] = fx.GraphModule(twin, block.graph)
@@ -97,7 +99,11 @@ def _relu_after(node: fx.Node, module: nn.Module) -> fx.Node | None:
     if len(node.users) != 1:
         return None
     (user,) = node.users
-    by_module = user.op == "call_module" and type(module.get_submodule(str(user.target))) is nn.ReLU
+    by_module = user.op == "call_module" and _is_plain_relu(module.get_submodule(str(user.target)))
     by_method = user.op == "call_method" and user.target in ("relu", "relu_")
     by_function = user.op == "call_function" and user.target in RELUS
     return user if by_module or by_method or by_function else None
+
+
+def _is_plain_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU and not (module._forward_hooks or module._forward_pre_hooks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import math
 import pickle
 from typing import Any
@@ -16,7 +17,7 @@ from robplug.errors import InputError
 from robplug.isolation import ModuleState
 from robplug.zoo import LeNet, digits_cnn, resnet20
 from robplug.zoo_cifar import ResNet18, resnet18, vgg11
-from robplug_ghost import GhostNetwork, erode_add, erode_dropout
+from robplug_ghost import GhostNetwork, erode_add, erode_dropout, network
 from robplug_ghost.kernels import reference
 
 X = torch.rand(2, 3, 16, 16)
@@ -225,6 +226,22 @@ def test_a_ghost_is_its_definition() -> None:
     torch.testing.assert_close(ghost(X), model.fc(h.mean((2, 3))), rtol=1e-5, atol=1e-5)
 
 
+def test_an_addition_may_be_the_shortcut_of_the_next() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = (x + self.a(x)).relu()
+            return self.b(h) + h
+
+    model = Two()
+    h = erode_add(X, model.a(X), 6, 0, 0.3, "relu")
+    expected = erode_add(h, model.b(h), 6, 1, 0.3)
+    assert torch.equal(GhostNetwork(model, skip=0.3, ghosts=1, seed=6)(X), expected)
+
+
 def test_for_a_linear_block_the_mean_over_ghosts_is_the_base_and_the_variance_that_of_the_weights() -> None:
     """Mean x + conv(x); variance skip**2 / 3 * x**2."""
 
@@ -331,9 +348,10 @@ def pickled(ghost: GhostNetwork) -> GhostNetwork:
     return pickle.loads(pickle.dumps(ghost))  # noqa: S301
 
 
+@pytest.mark.parametrize("make", [ResNet, plain_sequence])
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])
-def test_copies_go_their_own_way(how: Any) -> None:
-    ghost = GhostNetwork(spread(ResNet()), 0.22, 0.9, seed=11)
+def test_copies_go_their_own_way(how: Any, make: Any) -> None:
+    ghost = GhostNetwork(spread(make()), 0.22, 0.9, seed=11)
     ghost(X)
     twin = how(ghost)
     expected = ghost(X)
@@ -354,6 +372,9 @@ def test_hooks_of_blocks_and_layers_are_called() -> None:
     model.layer1[0].conv1.register_forward_hook(lambda module, args, out: calls.append("layer"))
     GhostNetwork(model, 0.22, 0.9)(X)
     assert calls == ["layer", "block"]
+    model.layer1[0].relu.register_forward_hook(lambda module, args, out: calls.append("relu"))
+    GhostNetwork(model, 0.22, 0.9)(X)
+    assert calls[2:] == ["layer", "relu", "relu", "block"]
 
 
 def test_under_autocast_and_without_gradients() -> None:
@@ -405,6 +426,21 @@ def test_what_a_forward_assigns_while_it_is_traced_does_not_reach_the_network() 
     assert not hasattr(block, "seen")
 
 
+def test_a_forward_that_was_replaced_is_not_traced() -> None:
+    """The trace of a class would undo what somebody has done to the object; a ghost's own blocks are such objects."""
+    model = ResNet()
+    ghost = GhostNetwork(model, skip=0.2)
+    with pytest.raises(InputError, match=r"layer1.0 could not be traced, its forward is not that of its class"):
+        GhostNetwork(ghost, skip=0.2)
+    assert len(GhostNetwork(model, skip=0.2).found) == 4
+
+
+def test_an_argument_with_a_default_is_refused() -> None:
+    block = GhostNetwork(plain_sequence(), skip=0.2).network[1]
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3"):
+        block(torch.rand(1, 4, 16, 16), torch.ones(1))
+
+
 def test_a_buffer_of_the_block_itself_is_not_traced() -> None:
     class Scaled(PreActivation):
         def __init__(self) -> None:
@@ -416,6 +452,11 @@ def test_a_buffer_of_the_block_itself_is_not_traced() -> None:
 
     with pytest.raises(InputError, match="its forward uses its own buffer factor"):
         GhostNetwork(nn.Sequential(Scaled()), skip=0.2)
+
+
+def test_the_example_runs() -> None:
+    results = doctest.testmod(network)
+    assert results.attempted > 0 and results.failed == 0
 
 
 @pytest.mark.parametrize(

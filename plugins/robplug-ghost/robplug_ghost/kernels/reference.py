@@ -100,7 +100,7 @@ def _weights(seed: int, group: int, channels: int, skip: float, device: torch.de
     counter[3] = SKIP
     words = philox(seed, counter.flatten(1)).view(4, TOGETHER, blocks)
     bits = words.permute(1, 2, 0).reshape(TOGETHER, 4 * blocks)[:, :channels] >> (32 - BITS)
-    symmetric = (2 * bits + 1 - 2**BITS).double() / 2**BITS
+    symmetric = (2 * bits + 1 - (1 << BITS)).double() / (1 << BITS)
     return (1 + single(skip) * symmetric).float()
 
 
@@ -118,12 +118,12 @@ def kept(seed: int, layer: int, channels: int, positions: int, keep: float, devi
 
 def single(value: float) -> float:
     """Returns a number rounded to float32."""
-    return torch.tensor(value, dtype=torch.float32).item()
+    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def threshold(keep: float) -> int:
     """Returns the number below which 24 random bits mean that a value is kept."""
-    return max(1, round(keep * 2**BITS))
+    return max(1, round(keep * (1 << BITS)))
 
 
 def erode_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool) -> Tensor:

@@ -1,7 +1,7 @@
-"""The small networks of the transfer benchmark, a family each: residual, VGG-like, separable, without batch norm.
+"""The networks of the transfer benchmark; all take images in [0, 1] and normalise them.
 
-All take images (N, 3, 32, 32) in [0, 1], normalise them, and give (N, 10) logits. Trained by the recipes
-``transfer-train-*.toml``; the ResNets beside them are the host's.
+Those for CIFAR take (N, 3, 32, 32) and give (N, 10) logits, a family each: residual, VGG-like, separable, without batch
+norm. The recipes ``transfer-train-*.toml`` train them, but for the ResNets, whose weights are a common release.
 """
 
 from __future__ import annotations
@@ -75,3 +75,16 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits."""
         return self.readout(self.features(self.normalize(x)).flatten(1))  # type: ignore[no-any-return]
+
+
+def imagenet(name: str) -> nn.Module:
+    """Returns a trained ImageNet network that takes images (N, 3, H, W) in [0, 1] and normalises them.
+
+    Args:
+        name: of timm, such as ``"inception_v3.tf_in1k"``; its weights are downloaded when they are first wanted.
+    """
+    import timm
+
+    network = timm.create_model(name, pretrained=True)
+    settings = timm.data.resolve_model_data_config(network)
+    return nn.Sequential(Normalize(settings["mean"], settings["std"]), network)

@@ -1,7 +1,8 @@
 """The networks of the transfer benchmark; all take images in [0, 1] and normalise them.
 
-Those for CIFAR take (N, 3, 32, 32) and give (N, 10) logits, a family each: residual, VGG-like, separable, without batch
-norm. The recipes ``transfer-train-*.toml`` train them, but for the ResNets, whose weights are a common release.
+Those for CIFAR take (N, 3, 32, 32), and 35x35, which the paper's input diversity makes of it. They give (N, 10) logits
+and are a family each: residual, VGG-like, separable, without batch norm. The recipes ``transfer-train-*.toml`` train
+them, but for the ResNets, whose weights are a common release.
 """
 
 from __future__ import annotations

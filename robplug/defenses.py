@@ -67,6 +67,8 @@ class Defense:
         """Returns the main loss, a scalar; one defence of a stack may override it.
 
         An objective on adversarial samples sets ``step.x_adv`` and asks for ``step.adv()``, so that penalties can too.
+        One that passes several kinds of samples at once makes the pass with ``step.together`` and shares its parts by
+        ``step.give``.
         """
         return step.clean().loss.mean()
 

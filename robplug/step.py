@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,8 +91,41 @@ class Step:
             raise InputError("an objective that sets step.x_adv", "none", 'put "robplug/at" or the like into the stack')
         return self._shared("adv", self.x_adv)
 
+    def together(self, *parts: tuple[Tensor, Tensor]) -> list[Pass]:
+        """Makes one forward pass over several kinds of samples, as one batch.
+
+        Args:
+            *parts: of each kind the samples, (M, ...), and their labels, (M,).
+
+        Returns:
+            What each kind would have as a `Pass` of its own.
+        """
+        leaves = [x.detach().requires_grad_() for x, _ in parts]
+        sizes = [len(x) for x in leaves]
+        whole = self._forward(torch.cat(leaves), torch.cat([y for _, y in parts]))
+        kept = {name: output.split(sizes) for name, output in whole.activations.items()}
+        rest = zip(leaves, whole.logits.split(sizes), whole.loss.split(sizes), strict=True)
+        return [Pass(*of, {name: outputs[k] for name, outputs in kept.items()}) for k, of in enumerate(rest)]
+
+    def give(self, *, clean: Pass | None = None, adv: Pass | None = None) -> None:
+        """Shares passes that an objective made in its own way: `clean` and `adv` return them from now on.
+
+        Raises:
+            InputError: a pass is not one of the whole batch.
+        """
+        for name, made in (("adv", adv), ("clean", clean)):
+            if made is None:
+                continue
+            if len(made.logits) != len(self.y):
+                remedy = "keep it: who asks for the whole batch gets another pass"
+                raise InputError(f"a pass of all {len(self.y)} samples as {name}", len(made.logits), remedy)
+            self._passes[name] = made
+
     def right(self) -> Tensor | None:
-        """Returns (N,) bool, which samples the newest pass made so far classified correctly; None before any."""
+        """Returns (N,) bool, which samples the newest pass so far classified correctly; None before any.
+
+        Of two passes given together the clean one counts.
+        """
         if not self._passes:
             return None
         newest = list(self._passes.values())[-1]
@@ -99,17 +133,17 @@ class Step:
 
     def _shared(self, name: str, x: Tensor) -> Pass:
         if name not in self._passes:
-            self._passes[name] = self._forward(x.detach().requires_grad_())
+            self._passes[name] = self._forward(x.detach().requires_grad_(), self.y)
         return self._passes[name]
 
-    def _forward(self, x: Tensor) -> Pass:
+    def _forward(self, x: Tensor, y: Tensor) -> Pass:
         activations: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 handle = layer.register_forward_hook(_keeper(activations, name))
                 stack.callback(handle.remove)
             logits = self.model(x)
-        return Pass(x, logits, self.loss_of(logits, self.y), activations)
+        return Pass(x, logits, self.loss_of(logits, y), activations)
 
 
 def _keeper(activations: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

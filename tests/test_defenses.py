@@ -114,6 +114,48 @@ def test_adversarial_pass_without_an_adversary_is_an_error() -> None:
         Stack(Penalty(adversarial=True)).defenses[0].penalty(a_step(linear(), toy()))
 
 
+@dataclass(frozen=True)
+class Both(Defense):
+    """The loss of a batch and of its negative in one pass, whose parts are shared."""
+
+    def objective(self, step: Step) -> Tensor:
+        step.x_adv = 1 - step.x
+        clean, adv = step.together((step.x, step.y), (step.x_adv, step.y))
+        step.give(clean=clean, adv=adv)
+        return clean.loss.mean() + adv.loss.mean()
+
+
+def test_the_parts_of_one_pass_are_shared() -> None:
+    data, model, calls = toy(), linear(), []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    stack = Stack([Both(), Penalty(adversarial=True), Penalty(strength=1.0), Surgeon(layers=("1",))])
+    stack.prepare(model)
+    losses = stack.losses(step := a_step(model, data))
+    assert len(calls) == 1
+    expected = F.cross_entropy(model(data.x), data.y) + F.cross_entropy(model(1 - data.x), data.y)
+    torch.testing.assert_close(losses.objective, expected.detach())
+    difference = (model[1].weight[0] - model[1].weight[1]).square().sum()
+    other = (1 - data.y)[:, None]
+    for strength, x in ((3, 1 - data.x), (1, data.x)):  # dL/dx = p_other * (w_other - w_own)
+        expected = expected + strength * (model(x).softmax(1).gather(1, other) ** 2).mean() * difference
+    torch.testing.assert_close(losses.total, expected + 0.5)  # the surgeon's parameter
+    torch.testing.assert_close(step.adv().activations["1"], model(1 - data.x))
+    assert losses.right is not None and torch.equal(losses.right, model(data.x).argmax(1) == data.y)
+    analytic = torch.autograd.grad(losses.total, model[1].weight)
+    torch.testing.assert_close(analytic, torch.autograd.grad(expected, model[1].weight))
+
+
+def test_a_pass_of_some_samples_is_not_shared() -> None:
+    step = a_step(linear(), toy())
+    step.x_adv = 1 - step.x
+    some, adv = step.together((step.x[:3], step.y[:3]), (step.x_adv, step.y))
+    assert len(some.loss) == 3
+    with pytest.raises(InputError, match="a pass of all 40 samples as clean, got 3"):
+        step.give(clean=some)
+    step.give(adv=adv)
+    assert len(step.clean().loss) == 40 and step.adv() is adv
+
+
 def test_two_objectives_are_refused() -> None:
     with pytest.raises(InputError, match="AdversarialTraining and Other"):
         Stack(["robplug/at", Penalty(), Other()])

@@ -15,14 +15,16 @@ from robplug.loop import Steps, ascend
 from robplug.norms import LinfBall
 from robplug.plugins import registry
 from robplug.step import Step, attacking
+from robplug.targets import Target
 from robplug.types import ThreatModel
 
 Name = Literal["pgd", "gd", "i-fgsm"]
+Goal = Literal["untargeted", "random"]
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """Signed gradient steps towards a larger loss, on the network in eval mode; no buffer of it changes.
+    """Signed gradient steps away from the label or towards a goal, on the network in eval mode; no buffer of it changes.
 
     Source: Xie et al. 2020, Adversarial Examples Improve Image Recognition, sections 5.1 and 5.4.
 
@@ -31,16 +33,20 @@ class Attacker:
         eps: largest change of a value, in units of the data; of the random start alone for ``"gd"``.
         steps: number of steps; None means the paper's eps / step_size + 1, or 1 if eps is no longer than a step.
         step_size: length of a step.
+        goal: ``"untargeted"`` leaves the label; ``"random"`` makes for a class drawn uniformly from the wrong ones.
     """
 
     name: Name
     eps: float
     steps: int | None
     step_size: float
+    goal: Goal = "untargeted"
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Name):
             raise InputError(f"attack to be one of {', '.join(get_args(Name))}", repr(self.name))
+        if self.goal not in get_args(Goal):
+            raise InputError(f"goal to be one of {', '.join(get_args(Goal))}", repr(self.goal))
         if not 0 < self.step_size < math.inf:
             raise InputError("a finite step_size > 0", self.step_size)
         ThreatModel("linf", self.eps)
@@ -56,11 +62,18 @@ class Attacker:
         """Returns the adversarial samples of a batch, (N, ...)."""
         with attacking(step.model):
             target = registry().target(step.model, bounds=step.bounds)
-            threat = ThreatModel("linf", self.eps, step.bounds)
-            problem = make_problem(target, step.x, step.y, threat, step.rng, None)
+            y_goal = None if self.goal == "untargeted" else _wrong(target, step)
+            threat = ThreatModel("linf", self.eps, step.bounds, targeted=y_goal is not None)
+            problem = make_problem(target, step.x, step.y, threat, step.rng, y_goal)
             if self.name == "gd":
                 problem = dataclasses.replace(problem, ball=_Free(step.x.detach(), self.eps, step.bounds))
             return ascend(problem, self.how()).x_adv
+
+
+def _wrong(target: Target, step: Step) -> Tensor:
+    """Returns (N,) classes other than the labels."""
+    classes = target.count_classes(step.x)
+    return (step.y + 1 + step.rng.integers(classes - 1, device=step.y.device)) % classes
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ def as_list(value: Any) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """Returns the number that a string such as "2/255" names; anything else as it is."""
+    """Returns the number that a string such as "2/255" names, in a list too; anything else as it is."""
+    if isinstance(value, list):
+        return [as_number(item) for item in value]
     if isinstance(value, str):
         try:
             return int(value) if value.strip().isdecimal() else float(Fraction(value))

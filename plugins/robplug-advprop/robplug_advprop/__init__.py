@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         MixtureSyncBatchNorm,
     )
     from robplug_advprop.routing import route
+    from robplug_advprop.statistics import keep_only
     from robplug_advprop.surgery import convert, convert_group_norm, drop_auxiliary
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "convert_group_norm",
     "drop_auxiliary",
+    "keep_only",
     "mixture_batch_norm",
     "route",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "convert": "surgery",
     "convert_group_norm": "surgery",
     "drop_auxiliary": "surgery",
+    "keep_only": "statistics",
     "mixture_batch_norm": "kernels.ops",
     "route": "routing",
 }

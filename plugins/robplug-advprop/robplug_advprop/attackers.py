@@ -24,7 +24,7 @@ Goal = Literal["untargeted", "random"]
 
 @dataclass(frozen=True)
 class Attacker:
-    """Signed gradient steps away from the label or towards a goal, on the network in eval mode; no buffer of it changes.
+    """Signed gradient steps from the label or towards a goal, on the network in eval mode; no buffer of it changes.
 
     Source: Xie et al. 2020, Adversarial Examples Improve Image Recognition, sections 5.1 and 5.4.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from robplug.defenses import Defense, Prepared
@@ -65,8 +66,8 @@ class VanillaMixing(Defense):
         with self._routed(step.model, [clean, count] if clean else 1):
             passes = step.together(*parts) if clean else step.together(parts[1])
         step.give(clean=passes[0] if clean == count else None, adv=passes[-1])
-        total = sum(made.loss.sum() for made in passes) / count
-        return total * count / (clean + count) if self.average else total
+        total = torch.stack([made.loss.sum() for made in passes]).sum()
+        return total / (clean + count if self.average else count)
 
     def _attacker(self) -> Attacker:
         return Attacker(self.attack, self.eps, self.steps, self.step_size, self.goal)

@@ -27,21 +27,21 @@ class FineGrained(Defense):
     copies are made on their own auxiliary statistics in eval mode, which leaves every buffer as it was. Penalties of
     other defences share that pass; the adversarial part that they see is that of the largest radius.
 
-    Source: Xie et al. 2020, Adversarial Examples Improve Image Recognition, sections 4.2 and 5.4 (7.4.2 and 7.5.4 of the
-        dissertation).
+    Source: Xie et al. 2020, Adversarial Examples Improve Image Recognition, sections 4.2 and 5.4 (7.4.2 and 7.5.4 of
+        the dissertation).
     Differs: adversarial copies are made of the unchanged batch, since the paper does not say of which.
 
     Attributes:
-        sources: what goes through the auxiliary statistics 1, 2, ...: a number is the radius of an attack, ``"imagenet"``,
-            ``"cifar10"`` and ``"svhn"`` are AutoAugment with the policy of that name (needs torchvision), and a function
-            takes the `robplug.step.Step` and returns samples, (N, ...), for its labels. The paper has AutoAugment and one
+        sources: what goes through the auxiliary statistics 1, 2, ...: a number is the radius of an attack,
+            ``"imagenet"``, ``"cifar10"`` and ``"svhn"`` are AutoAugment with that policy (by kornia), and a function takes
+            the `robplug.step.Step` and returns samples, (N, ...), for its labels. The paper has AutoAugment and one
             attack; a stack has random crops in front of all of them.
         attack: ``"pgd"``, ``"gd"`` (not projected) or ``"i-fgsm"`` (no random start).
         steps: of each attack; None means radius / step_size + 1, or 1 if the radius is no longer than a step.
         step_size: length of a step.
         average: divide the loss by the number of parts, so that its scale is that of clean training.
-        keep: which statistics the trained network has: ``"main"``, a number from 1 for auxiliary ones in their place, or
-            ``"all"``: the network stays converted.
+        keep: which statistics the trained network has: ``"main"``, a number from 1 for auxiliary ones in their place,
+            or ``"all"``: the network stays converted.
     """
 
     sources: Sequence[Source] = (2 / 255, 4 / 255)

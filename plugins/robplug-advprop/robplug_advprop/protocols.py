@@ -80,7 +80,7 @@ class GroupNormControl(Defense):
         return Prepared()
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     layers = [part for part in model.modules() if isinstance(part, _BatchNorm)]
     if not layers:
         raise InputError("a model with batch norm", f"{type(model).__name__} without")

@@ -66,8 +66,8 @@ def finish(model: nn.Module, keep: Kept) -> nn.Module:
 
 def check_kept(keep: Kept, auxiliary: int) -> None:
     """Refuses what `finish` could not keep after training."""
-    number = isinstance(keep, int) and not isinstance(keep, bool)
-    if keep not in ("main", "all") and not (number and 0 <= keep <= auxiliary):
+    number = isinstance(keep, int) and not isinstance(keep, bool) and 0 <= keep <= auxiliary
+    if not number and keep not in ("main", "all"):
         raise InputError(f'keep to be "main", "all" or a number from 0 to {auxiliary}', repr(keep))
 
 
@@ -78,7 +78,7 @@ def mixtures(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def _copy_state(source: nn.Module, destination: nn.Module) -> None:
-    own = {**destination._parameters, **destination._buffers}
-    for name, tensor in {**source._parameters, **source._buffers}.items():
-        if tensor is not None:
-            own[name].copy_(tensor)
+    own = (*destination.named_parameters(recurse=False), *destination.named_buffers(recurse=False))
+    other = {**source._parameters, **source._buffers}
+    for name, tensor in own:
+        tensor.copy_(other[name])

@@ -33,9 +33,9 @@ class FineGrained(Defense):
 
     Attributes:
         sources: what goes through the auxiliary statistics 1, 2, ...: a number is the radius of an attack,
-            ``"imagenet"``, ``"cifar10"`` and ``"svhn"`` are AutoAugment with that policy (by kornia), and a function takes
-            the `robplug.step.Step` and returns samples, (N, ...), for its labels. The paper has AutoAugment and one
-            attack; a stack has random crops in front of all of them.
+            ``"imagenet"``, ``"cifar10"`` and ``"svhn"`` are AutoAugment with that policy (by kornia), and a function
+            takes the `robplug.step.Step` and returns samples, (N, ...), for its labels. The paper has AutoAugment and
+            one attack.
         attack: ``"pgd"``, ``"gd"`` (not projected) or ``"i-fgsm"`` (no random start).
         steps: of each attack; None means radius / step_size + 1, or 1 if the radius is no longer than a step.
         step_size: length of a step.

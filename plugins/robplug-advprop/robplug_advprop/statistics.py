@@ -79,6 +79,6 @@ def mixtures(model: nn.Module) -> list[Any]:
 @torch.no_grad()
 def _copy_state(source: nn.Module, destination: nn.Module) -> None:
     own = (*destination.named_parameters(recurse=False), *destination.named_buffers(recurse=False))
-    other = {**source._parameters, **source._buffers}
+    other = dict((*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)))
     for name, tensor in own:
         tensor.copy_(other[name])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -172,7 +174,7 @@ def test_an_interrupted_training_is_resumed_to_the_same_weights(tmp_path, monkey
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
-def test_the_art_trainer_leaves_an_ordinary_classifier() -> None:
+def test_what_the_art_trainer_leaves_loads_in_torch_alone(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("art")
     from art.estimators.classification import PyTorchClassifier
 
@@ -183,8 +185,30 @@ def test_the_art_trainer_leaves_an_ordinary_classifier() -> None:
     classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 8, 8), 10, **options)
     trainer = robplug.adapters.art.trainer("advprop/advprop", classifier)
     trainer.fit(data.x.numpy(), data.y.numpy().astype(np.int64), batch_size=16, nb_epochs=1)
-    network().load_state_dict(model.state_dict(), strict=True)
     assert not torch.equal(model[0].weight, network()[0].weight)
+    predicted = torch.from_numpy(classifier.predict(data.x.numpy()))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((data.x, predicted), tmp_path / "predicted.pt")
+    words = [sys.executable, "-c", TORCH_ALONE]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+TORCH_ALONE = """
+import sys
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+layers = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 8), nn.BatchNorm1d(8)]
+model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(8, 10))
+model.load_state_dict(torch.load("weights.pt", weights_only=True), strict=True)
+x, predicted = torch.load("predicted.pt", weights_only=True)
+for network in (model, torch.load("model.pt", weights_only=False)):
+    torch.testing.assert_close(network.eval()(x), predicted)
+assert not [name for name in sys.modules if name.startswith(("robplug", "art"))]
+"""
 
 
 @pytest.mark.parametrize("make", [AdvProp, VanillaMixing])

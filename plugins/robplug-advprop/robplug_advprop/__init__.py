@@ -1,4 +1,4 @@
-"""Mixture batch normalisation: surgery on networks, and its kernel on bare tensors.
+"""Mixture batch normalisation: surgery on networks, its kernel on bare tensors, and corruptions to measure with.
 
 The names below are loaded when they are first used, so that importing the package costs next to nothing.
 """
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robplug_advprop.corruptions import corrupt, corruption_errors, corruption_names, mean_corruption_error
     from robplug_advprop.kernels.ops import mixture_batch_norm
     from robplug_advprop.layers import (
         MixtureBatchNorm1d,
@@ -27,8 +28,12 @@ __all__ = [
     "MixtureSyncBatchNorm",
     "convert",
     "convert_group_norm",
+    "corrupt",
+    "corruption_errors",
+    "corruption_names",
     "drop_auxiliary",
     "keep_only",
+    "mean_corruption_error",
     "mixture_batch_norm",
     "route",
 ]
@@ -40,8 +45,12 @@ _HOMES = {
     "MixtureSyncBatchNorm": "layers",
     "convert": "surgery",
     "convert_group_norm": "surgery",
+    "corrupt": "corruptions",
+    "corruption_errors": "corruptions",
+    "corruption_names": "corruptions",
     "drop_auxiliary": "surgery",
     "keep_only": "statistics",
+    "mean_corruption_error": "corruptions",
     "mixture_batch_norm": "kernels.ops",
     "route": "routing",
 }

@@ -41,7 +41,16 @@ PLAIN, DOUBLE = "clean", "clean, loss doubled"
 MIXING, MIXING_MEAN = "vanilla mixing", "vanilla mixing, mean"
 ADVPROP, ADVPROP_MEAN = "AdvProp", "AdvProp, mean"
 AUXILIARY, AUXILIARY_MEAN = "AdvProp, MBN_adv", "AdvProp, mean, MBN_adv"
-COMPARED = ((ADVPROP, PLAIN), (ADVPROP, DOUBLE), (ADVPROP_MEAN, PLAIN), (ADVPROP, MIXING), (ADVPROP_MEAN, MIXING_MEAN))
+COMPARED = (
+    (ADVPROP, PLAIN),
+    (ADVPROP, DOUBLE),
+    (ADVPROP_MEAN, PLAIN),
+    (ADVPROP, MIXING),
+    (ADVPROP_MEAN, MIXING_MEAN),
+    (MIXING, PLAIN),
+    (ADVPROP, AUXILIARY),
+    (ADVPROP_MEAN, AUXILIARY_MEAN),
+)
 """Pairs whose difference is reported: first minus second."""
 
 

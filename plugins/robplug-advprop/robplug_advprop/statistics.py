@@ -33,11 +33,11 @@ def keep_only(model: nn.Module, which: Literal["main"] | int) -> nn.Module:
     Source: Xie and Yuille 2020, Intriguing Properties of Adversarial Training at Scale, section 4.2 (chapter 6 of the
         dissertation, section 6.4.2): MBN_clean is ``"main"``, MBN_adv is 1.
     """
-    number = 0 if which == "main" else which
     layers = mixtures(model)
-    for layer in layers if number else ():
-        if not 1 <= number <= len(layer.auxiliary):
-            raise InputError(f'"main", or a number from 0 to {len(layer.auxiliary)}', repr(which))
+    fewest = min((len(layer.auxiliary) for layer in layers), default=0)
+    number = 0 if which == "main" else which
+    if layers and number not in range(fewest + 1):
+        raise InputError(f'"main" or a number from 0 to {fewest}', repr(which))
     for layer in layers if number else ():
         _copy_state(layer.auxiliary[number - 1], layer)
     return drop_auxiliary(model)

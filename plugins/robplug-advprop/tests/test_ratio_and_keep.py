@@ -123,8 +123,10 @@ def test_one_of_the_statistics_remains(which: Any) -> None:
 
 def test_what_cannot_remain_is_refused() -> None:
     model = convert(network())
-    with pytest.raises(InputError, match='"main", or a number from 0 to 1, got 2'):
-        keep_only(model, 2)
+    for which in (2, -1, "all"):
+        with pytest.raises(InputError, match=f'"main" or a number from 0 to 1, got {which!r}'):
+            keep_only(model, which)  # type: ignore[arg-type]
+    assert len(model[1].auxiliary) == 1
     with pytest.raises(InputError, match="nothing to drop"):
         keep_only(network(), 1)
     for keep in ("both", 2, -1, True):

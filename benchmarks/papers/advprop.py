@@ -74,13 +74,14 @@ def digits_group_norm() -> nn.Module:
     return convert_group_norm(digits_network(), groups=8)
 
 
-def imagenet_network() -> nn.Module:
-    """Returns an untrained ResNet-50 that normalises its images itself."""
-    from torchvision.models import resnet50
+def imagenet_network(layers: int = 50) -> nn.Module:
+    """Returns an untrained ResNet of torchvision that normalises its images itself."""
+    from torchvision import models
 
     from robplug.zoo import Normalize
 
-    return nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), resnet50())
+    network = models.get_model(f"resnet{layers}")
+    return nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), network)
 
 
 Phase = tuple[list[Defense], dict[str, Any]]

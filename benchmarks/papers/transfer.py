@@ -32,13 +32,13 @@ ROBPLUG = Path(sys.executable).with_name("robplug")
 RELEASED = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
 TRAINED = ("vgg", "separable", "plain", "vgg-at")
 PLANS = ("", "-ghosts", "-peers", "-sweeps", "-ensembles", "-cw")
-I, DI = "di2/di2-fgsm p=0.0", "di2/di2-fgsm"
+PLAIN, DI = "di2/di2-fgsm p=0.0", "di2/di2-fgsm"
 MI, MDI = "di2/m-di2-fgsm p=0.0", "di2/m-di2-fgsm"
 CW, DCW = "di2/d-cw p=0.0", "di2/d-cw"
 PAIRS = {
-    "": [(I, DI), (I, MI), (DI, MDI), (MI, MDI)],
+    "": [(PLAIN, DI), (PLAIN, MI), (DI, MDI), (MI, MDI)],
     "-peers": [(MI, MDI), (MI, "torchattacks/mifgsm"), (MDI, "torchattacks/difgsm")],
-    "-ensembles": [(I, DI), (I, MI), (DI, MDI), (MI, MDI)],
+    "-ensembles": [(PLAIN, DI), (PLAIN, MI), (DI, MDI), (MI, MDI)],
     "-cw": [(CW, DCW)],
 }
 """Attacks on one source to be compared: the former is the baseline."""

@@ -12,6 +12,7 @@ from robplug.plugins import registry
 from robplug.referee.cells import Cell, Identity, cell_key, expand
 from robplug.referee.plan import load_plan
 from robplug.referee.plan_tables import DatasetEntry, TargetEntry
+from robplug.referee.plan import DatasetEntry, TargetEntry, as_number, load_plan
 from robplug.types import AttackSpec, ThreatModel
 
 PLAN: dict[str, Any] = {
@@ -36,6 +37,10 @@ def test_cells_are_the_product() -> None:
     assert len(found) == 2 * 2 * 2 * 2 and [cell.index for cell in found] == list(range(16))
     assert {cell.threat.eps for cell in found} == {2 / 255, 0.1}
     assert found[0].params["steps"] == 20 and found[0].mode == "own"
+
+
+def test_fractions_are_numbers_in_lists_too() -> None:
+    assert as_number(["1/255", 2, "svhn", ["3"]]) == [1 / 255, 2, "svhn", [3]]
 
 
 def test_a_canonical_attack_is_compiled_for_its_libraries() -> None:

@@ -38,10 +38,11 @@ def a_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 def apart(model: nn.Module) -> nn.Module:
     """Makes the auxiliary statistics of a converted network others than the main ones."""
     torch.manual_seed(2)
-    layer: Any = model[1].auxiliary[0]
-    for tensor in (layer.weight, layer.running_mean):
-        nn.init.normal_(tensor)
-    nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    layer: Any
+    for layer in model[1].auxiliary:
+        for tensor in (layer.weight, layer.running_mean):
+            nn.init.normal_(tensor)
+        nn.init.uniform_(layer.running_var, 0.5, 2.0)
     return model
 
 
@@ -109,9 +110,9 @@ def test_penalties_of_others_share_the_pass(defense: VanillaMixing) -> None:
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("which", ["main", 0, 1])
+@pytest.mark.parametrize("which", ["main", 0, 1, 2])
 def test_one_of_the_statistics_remains(which: Any) -> None:
-    (x, _), model = batch(), apart(convert(network())).eval()
+    (x, _), model = batch(), apart(convert(network(), 2)).eval()
     with route(model, which):
         expected = model(x)
     plain = keep_only(copy.deepcopy(model), which)

@@ -55,8 +55,10 @@ def erode_add(
     """
     if activation not in (None, "relu"):
         raise ValueError(f"expected activation 'relu' or None, got {activation!r}; apply another one to the result")
-    dtype = torch.result_type(shortcut, residual)
-    out: Tensor = _erode_add(shortcut.to(dtype), residual.to(dtype), seed, layer, float(skip), activation == "relu")
+    if shortcut.dtype != residual.dtype:
+        dtype = torch.result_type(shortcut, residual)
+        shortcut, residual = shortcut.to(dtype), residual.to(dtype)
+    out: Tensor = _erode_add(shortcut, residual, seed, layer, float(skip), activation == "relu")
     return out
 
 

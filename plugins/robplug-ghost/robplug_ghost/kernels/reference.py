@@ -25,9 +25,10 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 WORD = 0xFFFFFFFF
-CHUNK = 2**14  # counters, whose words stay in a core's cache
+CHUNK = 2**15  # counters, whose words stay in a core's cache
 BITS = 24  # of a word that a float32 holds exactly
 TOGETHER, NARROW, REMEMBERED = 16, 256, 64  # layers of a table and channels that it has at least, and tables
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 _tables: dict[tuple[int, int, int, float, torch.device | None], Tensor] = {}
 
@@ -39,9 +40,10 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Returns room for a result of the shape of x: channels last if x has them last, contiguous otherwise."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    keep = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
-    return torch.empty_like(x, dtype=dtype, memory_format=last if keep else torch.contiguous_format)
+    last = LAST.get(x.dim())
+    if x.is_contiguous() or last is None or not x.is_contiguous(memory_format=last):
+        last = torch.contiguous_format
+    return torch.empty_like(x, dtype=dtype, memory_format=last)
 
 
 def philox(seed: int, counter: Tensor) -> Tensor:

@@ -133,22 +133,27 @@ def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--batches", type=int, nargs=2, default=[32, 4], help="of ResNet-20 and ResNet-50")
+    parser.add_argument("--small", type=int, nargs="+", default=[32, 128], help="batches of ResNet-20")
+    parser.add_argument("--large", type=int, nargs="+", default=[4], help="batches of ResNet-50")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step_cost.json")
     options = parser.parse_args()
     heap = keep_heap()
     torch.manual_seed(0)
-    small, large = options.batches
-    images = torch.rand(small, 3, 32, 32), torch.rand(large, 3, 224, 224)
-    found = measure("ResNet-20, 3x32x32", resnet20(), images[0].to(options.device), options.repeats)
-    found += measure("ResNet-50, 3x224x224", resnet50(), images[1].to(options.device), options.repeats)
+    found = []
+    for name, model, side, batches in (
+        ("ResNet-20, 3x32x32", resnet20(), 32, options.small),
+        ("ResNet-50, 3x224x224", resnet50(), 224, options.large),
+    ):
+        for batch in batches:
+            found += measure(name, model, torch.rand(batch, 3, side, side).to(options.device), options.repeats)
     result = Result(
         benchmark="step_cost",
         command="python plugins/robplug-ghost/benchmarks/step_cost.py",
         settings={
             "repeats": options.repeats,
-            "batches": options.batches,
+            "small": options.small,
+            "large": options.large,
             "device": options.device,
             "skip": 0.22,
             "dropout": 0.994,

@@ -167,28 +167,61 @@ def test_two_dtypes_give_what_a_plain_sum_gives() -> None:
     assert out.dtype == torch.float32 and torch.equal(out, X.half() + X)
 
 
-def test_gradients() -> None:
+OPERATORS = torch.ops.robplug_ghost
+FUNCTIONS = (erode_add, erode_scale, erode_dropout)
+EACH = pytest.mark.parametrize("way", ["as called", "as operators"])
+
+
+def ways(way: str) -> tuple[Any, Any, Any, Any]:
+    """Returns the sum, that behind a ReLU, the scaling and the dropout: as called, on the CPU, or as operators."""
+    if way == "as called":
+        return erode_add, lambda *a: erode_add(*a, "relu"), erode_scale, erode_dropout
+    add = OPERATORS.erode_add
+    return lambda *a: add(*a, False), lambda *a: add(*a, True), OPERATORS.erode_scale, OPERATORS.erode_dropout
+
+
+@EACH
+def test_gradients(way: str) -> None:
+    add, behind_relu, scale, dropout = ways(way)
     shortcut, residual = (torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda s, r: erode_add(s, r, SEED, 3, 0.22, "relu"), (shortcut, residual))
-    for call in (lambda s: erode_scale(s, SEED, 3, 0.22), lambda s: erode_dropout(s, SEED, 3, 0.7)):
+    assert torch.autograd.gradcheck(lambda s, r: behind_relu(s, r, SEED, 3, 0.22), (shortcut, residual))
+    assert torch.autograd.gradcheck(lambda s, r: add(s, r, SEED, 3, 0.22), (shortcut, residual))
+    assert torch.autograd.gradgradcheck(lambda s, r: add(s, r, SEED, 3, 0.22), (shortcut, residual))
+    for call in (lambda s: scale(s, SEED, 3, 0.22), lambda s: dropout(s, SEED, 3, 0.7)):
         assert torch.autograd.gradcheck(call, (shortcut,))
         assert torch.autograd.gradgradcheck(call, (shortcut,))
 
-    def add(s: Tensor, r: Tensor) -> Tensor:
-        return erode_add(s, r, SEED, 3, 0.22)
 
-    assert torch.autograd.gradcheck(add, (shortcut, residual))
-    assert torch.autograd.gradgradcheck(add, (shortcut, residual))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_called_is_the_operator_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    s, r = (torch.randn(3, 5, 4, 6).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    for one, other in zip(ways("as called"), ways("as operators"), strict=True):
+        args = (s,) if one in FUNCTIONS[1:] else (s, r)
+        amount = 0.7 if one is erode_dropout else 0.22
+        found, expected = one(*args, SEED, 3, amount), other(*args, SEED, 3, amount)
+        assert found.dtype == dtype and found.stride() == expected.stride() and torch.equal(found, expected)
 
 
-def test_a_second_derivative_behind_a_relu_is_refused_and_not_zero() -> None:
+def test_a_second_derivative_behind_a_relu_is_refused_by_the_operator_and_right_as_called() -> None:
     s, r = X.clone().requires_grad_(), X.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(erode_add(s, r, SEED, 3, 0.22, "relu").square().sum(), s, create_graph=True)
+    slopes = []
+    for behind_relu in (ways("as operators")[1], ways("as called")[1]):
+        square = behind_relu(s, r, SEED, 3, 0.22).square().sum()
+        slopes += torch.autograd.grad(square, s, create_graph=True)
+    assert torch.equal(*slopes)
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        slope.sum().backward()
+        slopes[0].sum().backward()
+    (curvature,) = torch.autograd.grad(slopes[1].sum(), s)
+    weight = erode_scale(torch.ones_like(X), SEED, 3, 0.22)
+    expected = 2 * weight.square() * (erode_add(s, r, SEED, 3, 0.22) > 0)
+    torch.testing.assert_close(curvature, expected)
 
 
-def test_nothing_is_kept_for_the_gradient_but_the_result_of_a_relu() -> None:
+@EACH
+def test_little_is_kept_for_the_gradient_but_the_result_of_a_relu(way: str) -> None:
+    """The operators keep nothing; as called on the CPU, weights and the mask of one sample are kept."""
+    add, behind_relu, scale, dropout = ways(way)
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -197,11 +230,15 @@ def test_nothing_is_kept_for_the_gradient_but_the_result_of_a_relu() -> None:
 
     s, r = X.clone().requires_grad_(), X.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        erode_add(s, r, SEED, 3, 0.22)
-        erode_scale(s, SEED, 3, 0.22)
-        erode_dropout(s, SEED, 3, 0.7)
-        assert kept == []
-        out = erode_add(s, r, SEED, 3, 0.22, "relu")
+        add(s, r, SEED, 3, 0.22)
+        scale(s, SEED, 3, 0.22)
+        dropout(s, SEED, 3, 0.7)
+        sizes = [tensor.numel() for tensor in kept]
+        channels = X.shape[1]
+        assert sizes == ([] if way == "as operators" else [channels, channels, X[0].numel()])
+        kept.clear()
+        out = behind_relu(s, r, SEED, 3, 0.22)
+    kept = [tensor for tensor in kept if tensor.shape == X.shape]
     assert len(kept) == 1 and torch.equal(kept[0], out)
 
 

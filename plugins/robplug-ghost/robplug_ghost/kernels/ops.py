@@ -44,8 +44,8 @@ def erode_add(
     Returns:
         (N, C, ...), channels last if ``residual`` is and else contiguous; computed in float32, or float64 for float64.
 
-    Differentiable: in shortcut and residual; once with an activation, any number of times without. The weights are
-        drawn again for the gradient; but for the result of a ReLU, nothing is kept.
+    Differentiable: in shortcut and residual; once with an activation, any number of times without. On CUDA the weights
+        are drawn again for the gradient, and but for the result of a ReLU nothing is kept; on the CPU the weights are.
 
     Raises:
         TypeError: a tensor is not of a floating dtype.
@@ -58,8 +58,7 @@ def erode_add(
     if shortcut.dtype != residual.dtype:
         dtype = torch.result_type(shortcut, residual)
         shortcut, residual = shortcut.to(dtype), residual.to(dtype)
-    out: Tensor = _erode_add(shortcut, residual, seed, layer, float(skip), activation == "relu")
-    return out
+    return _call("add", shortcut, residual, seed, layer, float(skip), activation == "relu")
 
 
 def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
@@ -67,8 +66,7 @@ def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
 
     Differentiable: any number of times, in x.
     """
-    out: Tensor = _erode_scale(x, seed, layer, float(skip))
-    return out
+    return _call("scale", x, seed, layer, float(skip))
 
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
@@ -88,7 +86,8 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
     Returns:
         (N, C, ...) with the dtype of x, channels last if x is and else contiguous.
 
-    Differentiable: any number of times, in x. The mask is drawn again for the gradient; nothing is kept.
+    Differentiable: any number of times, in x. On CUDA the mask is drawn again for the gradient, and nothing is kept; on
+        the CPU the mask is, which has the size of one sample.
 
     Raises:
         TypeError: x is not of a floating dtype.
@@ -96,8 +95,17 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
 
     Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (dropout erosion).
     """
-    out: Tensor = _erode_dropout(x, seed, layer, float(keep))
-    return out
+    return _call("dropout", x, seed, layer, float(keep))
+
+
+def _call(name: str, x: Tensor, *args: Any) -> Tensor:
+    """Calls an operator, or on the CPU its plain formula: for a small layer, the call costs more than the layer."""
+    last = args[0] if name == "add" else x
+    if not x.is_cpu or torch.compiler.is_compiling() or reference.empty(last).stride() != last.stride():
+        out: Tensor = getattr(torch.ops.robplug_ghost, f"erode_{name}")(x, *args)
+        return out
+    getattr(checks, f"erode_{name}")(x, *args)
+    return getattr(reference, f"differentiable_{name}")(x, *args)  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -153,9 +153,31 @@ def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
     """Returns x / keep where a value is kept, and 0 elsewhere; (N, C, ...). It is its own adjoint."""
     acc = accumulator(x)
-    factor = kept(seed, layer, x.shape[1], math.prod(x.shape[2:]), keep, x.device).to(acc).mul_(1 / keep)
     out = empty(x, acc)
-    return torch.mul(x.to(acc), factor.view(x.shape[1:]), out=out).to(x.dtype)
+    return torch.mul(x.to(acc), _mask(x, seed, layer, keep), out=out).to(x.dtype)
+
+
+def differentiable_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool) -> Tensor:
+    """Returns `erode_add` as autograd sees it: beside the result of a ReLU it keeps the weights alone."""
+    acc = accumulator(residual)
+    total = torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip))
+    return (total.relu() if relu else total).to(residual.dtype)
+
+
+def differentiable_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
+    """Returns `erode_scale` as autograd sees it, which keeps the weights."""
+    return (x.to(accumulator(x)) * _along(x, seed, layer, skip)).to(x.dtype)
+
+
+def differentiable_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
+    """Returns `erode_dropout` as autograd sees it, which keeps the mask that all samples share."""
+    return (x.to(accumulator(x)) * _mask(x, seed, layer, keep)).to(x.dtype)
+
+
+def _mask(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
+    """Returns 1 / keep where a value is kept, and 0 elsewhere, as a factor of x, (C, ...)."""
+    chosen = kept(seed, layer, x.shape[1], math.prod(x.shape[2:]), keep, x.device)
+    return chosen.to(accumulator(x)).mul_(1 / keep).view(x.shape[1:])
 
 
 def _along(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:

@@ -171,7 +171,7 @@ def test_the_host_is_thin() -> None:
     """Lines of code, without docstrings, comments and blank lines; adapters and conformance kit are counted apart."""
     apart = {"adapters", "testing"}
     total = sum(code_lines(path) for path in files("robplug/**/*.py") if not apart & set(path.parts))
-    assert total <= 6000
+    assert total <= 6500
 
 
 def code_lines(path: Path) -> int:

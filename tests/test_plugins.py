@@ -18,7 +18,9 @@ import torch
 
 from robplug import hookspecs
 from robplug.errors import InputError, RobplugError, UnknownNameError
-from robplug.plugins import Plugin, load
+from robplug.plugins import Plugin, load, registry
+from robplug.referee.load import plugin_digest
+from robplug.referee.plan_tables import TargetEntry
 from robplug.registry import KINDS, Registry, canonical_settings, check_params, resolve_path
 from robplug.testing.checks import checks_for
 from robplug.testing.run import Check, CheckResult
@@ -463,3 +465,22 @@ def test_the_guides_defence_keeps_the_rules(site):
     make, params = "guide_decay_module:Decay", {"strength": 1e-4}
 
     assert _broken_rules(DefenseSpec(name="a/b", make=make, params=params, pieces=("penalty",))) == []
+
+
+def test_the_plugin_of_a_target_is_a_part_of_what_the_model_is(site):
+    """Other code of a plugin may compute other numbers with the same weights and classes."""
+    source = """
+    from robplug import TargetSpec, hookimpl
+
+    @hookimpl
+    def robplug_targets():
+        return [TargetSpec(name="thing/net", make="json:loads")]
+    """
+    digests = []
+    for version in ("1.0", "2.0"):
+        site("robplug-thing", source, version=version, at=version)
+        plugins = [plugin for plugin in load() if plugin.distribution == "robplug-thing"]
+        digests.append(plugin_digest(TargetEntry(name="net", make="thing/net"), Registry(plugins)))
+    assert digests[0] != digests[1] and all(digests)
+    assert plugin_digest(TargetEntry(name="robplug/lenet"), registry()) == ""
+    assert plugin_digest(TargetEntry(name="mine", make="model.py:net"), registry()) == ""

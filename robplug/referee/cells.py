@@ -183,6 +183,10 @@ def _one(
         params = _params_in_force(entry, spec, library, mode, model, registry)
     except (InputError, PlanError, UnknownNameError) as error:
         raise PlanError(where, str(error)) from None
+    for name, value in params.items():
+        if not _is_plain(value):
+            problem = f"expected a number, a string, or a list or table of these, got {value!r}"
+            raise PlanError(f"{where}.{name}", f"{problem}; a plan holds nothing else, call the attack in Python")
     readings = (model.eps,) if model.eps is not None else tuple(radius for radius in threat.eps if radius is not None)
     return {
         "spec": spec,
@@ -195,6 +199,14 @@ def _one(
         "goal": threat.goal if threat.targeted else "",
         "timeout_s": entry.timeout_s or plan.timeout_s,
     }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):  # an object, or a number that is none
+        return False
+    return True
 
 
 def _params_in_force(

@@ -16,7 +16,7 @@ from robplug.errors import InputError, PlanError
 from robplug.isolation import seeded_globals
 from robplug.norms import Norm
 from robplug.referee.cells import Cell, Identity, cell_key, expand
-from robplug.referee.load import Model, identify, make_dataset, make_target, source_digest, state_digest
+from robplug.referee.load import Model, identify, make_dataset, make_target, plugin_digest, source_digest, state_digest
 from robplug.referee.plan import Plan
 from robplug.referee.plan_tables import TargetEntry
 from robplug.registry import Registry
@@ -155,9 +155,9 @@ def make_model(
     if len(dataset) and int(dataset.y.max()) >= classes:
         raise PlanError(name, f"has {classes} classes, and {dataset.name} has labels up to {int(dataset.y.max())}")
     known = replace(target, classes=classes)
-    source = source_digest(known.module, entry, where)
-    if members:
-        source = hashlib.sha256("".join([source, *(member.source for member in members)]).encode()).hexdigest()
+    parts = [source_digest(known.module, entry, where), plugin_digest(entry, registry)]
+    parts += [member.source for member in members]
+    source = parts[0] if not any(parts[1:]) else hashlib.sha256("".join(parts).encode()).hexdigest()
     return Model(known, state_digest(known.module), source)
 
 

@@ -213,6 +213,17 @@ def identify(cell: Cell, model: Model, dataset: Dataset, registry: Registry) -> 
     )
 
 
+def plugin_digest(entry: TargetEntry, registry: Registry) -> str:
+    """Returns what changes with the plugin that makes a listed target, or "" for the host's and those in files."""
+    name = entry.make or entry.name
+    if ":" in name:
+        return ""
+    owner = registry.owner(registry.spec("target", name))
+    if owner.distribution == HOST:
+        return ""
+    return metadata.version(owner.distribution) + editable_digest({owner.distribution: {owner.module}})
+
+
 def state_digest(module: nn.Module) -> str:
     """Returns the SHA-256 of all parameters and buffers, the ones that are not saved included."""
     content = hashlib.sha256()

@@ -85,6 +85,8 @@ def test_harmonised_parameters_follow_the_bounds_of_the_data() -> None:
             "'idle' is no source, victim or member",
         ),
         ({"attacks": [{"name": "robplug/pgd", "sweep": {"steps": [1]}}]}, "sweep.steps"),
+        ({"attacks": [{"name": "robplug/pgd", "transform": abs}]}, r"attacks\[0\].transform: .*holds nothing else"),
+        ({"attacks": [{"name": "robplug/pgd", "step_size": float("nan")}]}, r"attacks\[0\].step_size: .*got nan"),
         ({"attacks": [{"name": "robplug/pgd", "sweep": {"steps": [1, 2], "restarts": [1, 2]}}]}, "over one parameter"),
         ({"attacks": [{"name": "robplug/pgd", "steps": 3, "sweep": {"steps": [1, 2]}}]}, "steps is given and swept"),
         ({"attacks": [{"name": "robplug/pgd", "sweep": {"stepz": [1, 2]}}]}, "'stepz'; did you mean steps"),

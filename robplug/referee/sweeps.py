@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ def _over_parameters(summary: Summary) -> list[Sweep]:
                 families.setdefault(attack.family, []).append((attack.at, matrix, number))
         for family, points in families.items():
             attack = summary.attack(family)
-            label = attack.name.replace(f" {attack.swept}={attack.at:g}", "")
+            label = re.sub(rf" {re.escape(attack.swept)}=\S+", "", attack.name)
             title = f"{label}, {formats.matrix(matrix, summary)}"
             found.append(Sweep(title, attack.swept, tuple(sorted(points, key=lambda point: point[0]))))
     return found

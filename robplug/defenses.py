@@ -49,10 +49,13 @@ class Defense:
     Random draws come from ``step.rng``.
 
     Attributes:
+        gives_way: whether its `objective` is the plain one, made in a way of its own, in whose place that of another
+            defence of the stack may come.
         patience: epochs without a better `score` after which training stops and the best weights are taken; None, the
             default, never stops. A field of the defence where a user is to choose it.
     """
 
+    gives_way: bool = False
     patience: int | None = None
 
     def prepare(self, model: nn.Module) -> Prepared:
@@ -64,7 +67,7 @@ class Defense:
         return step.x
 
     def objective(self, step: Step) -> Tensor:
-        """Returns the main loss, a scalar; one defence of a stack may override it.
+        """Returns the main loss, a scalar; one defence of a stack may override it, besides those that give way.
 
         An objective on adversarial samples sets ``step.x_adv`` and asks for ``step.adv()``, so that penalties can too.
         One that passes several kinds of samples at once makes the pass with ``step.together`` and shares its parts by
@@ -135,13 +138,14 @@ class Stack:
         for defense in self.defenses:
             if not isinstance(defense, Defense):
                 raise InputError("a defence derived from robplug.defenses.Defense", repr(defense))
-        main = [index for index, defense in enumerate(self.defenses) if _has_objective(defense)]
+        able = [index for index, defense in enumerate(self.defenses) if _has_objective(defense)]
+        main = [index for index in able if not self.defenses[index].gives_way]
         if len(main) > 1:
             names = " and ".join(type(self.defenses[index]).__name__ for index in main)
             raise InputError("at most one defence with an objective in a stack", names, "train with one of them")
         if not self.defenses:
             self.defenses.append(NoDefense())
-        self._main = main[0] if main else 0  # without an objective among them, that of any is the plain one
+        self._main = [*main, *able, 0][0]  # without an objective among them, that of any is the plain one
         self._prepared: list[Prepared] = []
         self._layers: dict[str, nn.Module] = {}
 

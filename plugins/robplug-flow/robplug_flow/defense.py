@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from robplug.defenses import Defense
+from robplug.defenses import Defense, Prepared
 from robplug.errors import InputError
 from robplug.loop import Steps, ascend
 from robplug.plugins import registry
@@ -16,7 +16,7 @@ from robplug.rng import Rng
 from robplug.step import Step, attacking, untouched_buffers
 from robplug.types import ThreatModel
 from robplug_flow.attack import flow_problem
-from robplug_flow.difference import flow_gradient_difference
+from robplug_flow.difference import differentiated, flow_gradient_difference
 from robplug_flow.kernels.ops import flow_gradient_penalty, warp
 from robplug_flow.units import UNITS, Unit, check_images, pixels_per_unit
 
@@ -33,6 +33,9 @@ class FlowGradientRegularization(Defense):
     Source: flow-gradient paper, equation 11 with q = 2.
     Differs: the default strength does not depend on the batch size. The authors take the gradient of the batch's mean
         loss; ``normalisation="paper"`` does so, and takes their lambda (400, 700, 1000 at batch size 128) as printed.
+
+    With ``gradient="difference"`` and no other objective in the stack, the plain one is made here as well: one backward
+    pass gives the gradients by images and by parameters.
 
     Attributes:
         strength: factor of the penalty; the default is the paper's lambda = 400 at batch size 128, 400 / 128^2.
@@ -59,12 +62,27 @@ class FlowGradientRegularization(Defense):
         if not 0 < self.rho < 1:
             raise InputError("rho between 0 and 1", self.rho, "1e-3 suits single precision")
 
+    gives_way = True
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Changes nothing; makes room for the gradients that objective and penalty share in a step."""
+        return Prepared(state=[])
+
+    def objective(self, step: Step) -> Tensor:
+        """Returns the mean loss of the clean batch."""
+        if self.gradient == "exact" or not len(step.x):
+            return super().objective(step)
+        step.state[:] = [differentiated(step)]
+        objective: Tensor = step.state[0].loss / len(step.x)
+        return objective
+
     def penalty(self, step: Step) -> Tensor:
         """Returns the penalty of the clean batch, (N, C, H, W), a scalar."""
         check_images(step.x)
         kappas = pixels_per_unit(self.unit, *step.x.shape[2:])
         if self.gradient == "difference":
-            total = flow_gradient_difference(step, *kappas, self.rho)
+            known = step.state.pop() if step.state else None
+            total = flow_gradient_difference(step, *kappas, self.rho, known)
         else:
             clean = step.clean()
             (gradient,) = torch.autograd.grad(clean.loss.sum(), clean.x, create_graph=True)

@@ -10,6 +10,9 @@ backward omits the jump of the slope, and the difference samples it: another est
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +20,53 @@ from robplug.step import Step
 from robplug_flow.kernels.ops import flow_gradient_penalty
 
 
-def flow_gradient_difference(step: Step, kappa_row: float, kappa_col: float, rho: float) -> Tensor:
+@dataclass(frozen=True)
+class Differentiated:
+    """The clean pass of a step, differentiated once by images and parameters together.
+
+    Attributes:
+        x: (N, C, H, W) images.
+        by_x: gradient of the summed loss.
+        loss: the summed loss, a scalar; to differentiate it by parameters costs nothing, as that has been done.
+        numbers: states of the global generators before the pass, or None if it drew nothing.
+    """
+
+    x: Tensor
+    by_x: Tensor
+    loss: Tensor
+    numbers: list[Tensor] | None
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if g is None else upstream[0].to(g.dtype) * g for g in ctx.gradients)
+
+
+def differentiated(step: Step) -> Differentiated:
+    """Makes the clean pass of a step, for the objective, and differentiates it."""
+    before = _global_numbers(step.x.device)
+    clean = step.clean()
+    numbers = None if _same(before, _global_numbers(step.x.device)) else before
+    parameters = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    # kept, as penalties of other defences may want the pass as well
+    by_x, *gradients = torch.autograd.grad(
+        clean.loss.sum(), [clean.x, *parameters], retain_graph=True, allow_unused=True
+    )
+    loss: Tensor = _Known.apply(clean.loss.detach().sum(), gradients, *parameters)  # type: ignore[no-untyped-call]
+    return Differentiated(clean.x.detach(), by_x, loss, numbers)
+
+
+def flow_gradient_difference(
+    step: Step, kappa_row: float, kappa_col: float, rho: float, known: Differentiated | None = None
+) -> Tensor:
     """Returns the flow gradient penalty summed over the clean batch, with the differenced gradient.
 
     Batch norm that works with the statistics of the batch couples samples, so that one h serves them all. Dropout makes
@@ -28,30 +77,43 @@ def flow_gradient_difference(step: Step, kappa_row: float, kappa_col: float, rho
         kappa_row: pixels per unit of the flow, along rows.
         kappa_col: likewise along columns.
         rho: mean length of the displacement h u, as a share of the images' mean length.
+        known: the clean pass, if the objective has differentiated it.
     """
     before = _global_numbers(step.x.device)
-    clean = step.clean()
-    total, moved, factor = _displaced(clean.x, clean.loss, kappa_row, kappa_col, rho)
-    base, numbers = clean.loss, _global_numbers(step.x.device)
-    loss = step.loss_of(step.model(moved), step.y)
-    if not _same(numbers, _global_numbers(step.x.device)):
-        # the model draws, and nobody knows from where it drew in the clean pass: both passes again
-        _rewind(step.x.device, before)
-        x = step.x.detach().requires_grad_()
-        base = step.loss_of(step.model(x), step.y)
-        total, moved, factor = _displaced(x, base, kappa_row, kappa_col, rho)
-        _rewind(step.x.device, before)
+    if known is not None:
+        base = known.loss
+        total, moved, factor = _displaced(known.x, known.by_x, kappa_row, kappa_col, rho)
+        _rewind(step.x.device, known.numbers or before)
         loss = step.loss_of(step.model(moved), step.y)
-    surrogate = factor * (loss.sum() - base.sum())
+        _rewind(step.x.device, before)
+    else:
+        clean = step.clean()
+        base = clean.loss.sum()
+        total, moved, factor = _displaced(clean.x, _by_images(base, clean.x), kappa_row, kappa_col, rho)
+        numbers = _global_numbers(step.x.device)
+        loss = step.loss_of(step.model(moved), step.y)
+        if not _same(numbers, _global_numbers(step.x.device)):
+            # the model draws, and nobody knows from where it drew in the clean pass: both passes again
+            _rewind(step.x.device, before)
+            x = step.x.detach().requires_grad_()
+            base = step.loss_of(step.model(x), step.y).sum()
+            total, moved, factor = _displaced(x, _by_images(base, x), kappa_row, kappa_col, rho)
+            _rewind(step.x.device, before)
+            loss = step.loss_of(step.model(moved), step.y)
+    surrogate = factor * (loss.sum() - base)
     # the value of the one and the gradient of the other
     return total + (surrogate - surrogate.detach())
 
 
+def _by_images(loss: Tensor, x: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    return gradient
+
+
 def _displaced(
-    x: Tensor, loss: Tensor, kappa_row: float, kappa_col: float, rho: float
+    x: Tensor, gradient: Tensor, kappa_row: float, kappa_col: float, rho: float
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Returns the penalty's value, x + h u, and the factor of the losses' difference, 2 / h."""
-    (gradient,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
     x, gradient = x.detach(), gradient.requires_grad_()
     total = flow_gradient_penalty(x, gradient, kappa_row, kappa_col).sum()
     (twice_u,) = torch.autograd.grad(total, gradient)

@@ -107,7 +107,7 @@ def robplug_defenses() -> list[DefenseSpec]:
                 "gradient": "exact",
                 "rho": 1e-3,
             },
-            pieces=("penalty",),
+            pieces=("prepare", "objective", "penalty"),
         ),
         DefenseSpec(
             name="flow/igr",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import robplug
-from robplug.defenses import AUGMENTATION, Stack
+from robplug.defenses import AUGMENTATION, Defense, Stack
 from robplug.errors import InputError
 from robplug.rng import Rng
 from robplug.step import Step, current_pass
@@ -52,7 +54,9 @@ def a_step(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def gradients(value: Tensor, model: nn.Module) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(value, parameters, materialize_grads=True, allow_unused=True)
+    return torch.cat([g.flatten() for g in found])
 
 
 def sampled(x: Tensor, flow: Tensor) -> Tensor:
@@ -210,6 +214,66 @@ def test_in_a_stack_running_statistics_move_once(gradient: str) -> None:
     plain(x)
     for (name, one), (_, other) in zip(plain.named_buffers(), defended.named_buffers(), strict=True):
         torch.testing.assert_close(other, one, msg=name)
+
+
+def stacked(model: nn.Module, x: Tensor, y: Tensor, *defences: Any) -> tuple[Any, Tensor]:
+    """Returns the losses of a stack, and the gradient of their total; the draws are the same in each call."""
+    stack = Stack(defences)
+    stack.prepare(model)
+    torch.manual_seed(5)
+    losses = stack.losses(a_step(model, x, y))
+    return losses, gradients(losses.total, model)
+
+
+@dataclass(frozen=True)
+class PlainObjective(Defense):
+    """The plain objective as somebody else's: a differenced penalty then differentiates the clean pass itself."""
+
+    def objective(self, step: Step) -> Tensor:
+        return step.clean().loss.mean()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("others", [(), (InputGradientRegularization(0.3),)])
+def test_one_backward_pass_for_images_and_parameters_changes_nothing(dropout: float, others: tuple[Any, ...]) -> None:
+    model, (x, y) = network(nn.SiLU, dropout).double().train(), batch(8, torch.float64)
+    model[0].weight.requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    penalty = FlowGradientRegularization(0.5, gradient="difference")
+    losses, gradient = stacked(copy.deepcopy(model), x, y, penalty, *others)
+    expected, direction = stacked(copy.deepcopy(model), x, y, PlainObjective(), penalty, *others)
+    torch.testing.assert_close(losses.objective, expected.objective)
+    assert losses.right is not None and expected.right is not None and torch.equal(losses.right, expected.right)
+    if not dropout:  # where passes draw, the two penalties meet other draws
+        torch.testing.assert_close(losses.total.detach(), expected.total.detach())
+        assert float((gradient - direction).norm() / direction.norm()) < 1e-5  # the loss is float32
+    exact, smooth = stacked(copy.deepcopy(model), x, y, FlowGradientRegularization(0.5), *others)
+    assert float(F.cosine_similarity(gradient, smooth, dim=0)) >= (0.999 if not others or not dropout else 0.9)
+    name = "FlowGradientRegularization"
+    torch.testing.assert_close(losses.penalties[name], exact.penalties[name])
+
+
+def test_a_differenced_step_goes_backward_twice() -> None:
+    """Through the clean pass once, for images and parameters, and through the displaced one."""
+    model, (x, y) = network(nn.SiLU).train(), batch(8)
+    for defences, expected in (((), 2), ((PlainObjective(),), 3)):
+        seen: list[int] = []
+
+        def watch(module: nn.Module, args: Any, out: Tensor, seen: list[int] = seen) -> None:
+            out.register_hook(lambda gradient: seen.append(1))
+
+        handle = model[0].register_forward_hook(watch)
+        stacked(model, x, y, *defences, FlowGradientRegularization(gradient="difference"))
+        handle.remove()
+        assert len(seen) == expected
+
+
+def test_the_objective_gives_way_to_that_of_another_defence() -> None:
+    model, (x, y) = network(nn.SiLU).train(), batch(8)
+    adt = DeformationTraining(eps=0.05, steps=1)
+    alone, _ = stacked(copy.deepcopy(model), x, y, adt)
+    both_of_them, _ = stacked(copy.deepcopy(model), x, y, FlowGradientRegularization(gradient="difference"), adt)
+    torch.testing.assert_close(both_of_them.objective, alone.objective)
 
 
 def test_fgr_in_one_line_of_any_training_loop() -> None:

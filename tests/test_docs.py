@@ -55,6 +55,17 @@ def test_committed_plans_are_valid(path: Path) -> None:
         assert expand(plan, registry(), where)
 
 
+@pytest.mark.parametrize(
+    "path",
+    sorted([*ROOT.glob("benchmarks/**/results/*.json"), *ROOT.glob("plugins/*/benchmarks/results/*.json")]),
+    ids=lambda path: "-".join(path.parts[-4:]),
+)
+def test_committed_results_have_the_documented_form(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    schema = importlib.import_module("schema")
+    assert schema.Result.model_validate_json(path.read_text()).rows
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

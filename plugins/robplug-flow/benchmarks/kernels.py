@@ -108,7 +108,7 @@ def cases(shape: Shape, device: str, compiled: bool) -> list[Case]:
     ]
 
 
-def remarks(found: list[Row]) -> list[str]:
+def remarks(found: list[Row], _: object) -> list[str]:
     """Returns how far the sampler's gradient is from the truth, if it is."""
     wrong = max((float(row.extra["deviation"]) for row in found if row.contender == SAMPLER), default=0.0)
     if wrong <= 1e-3:

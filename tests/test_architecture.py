@@ -116,11 +116,15 @@ def test_kernels_stand_alone() -> None:
     if not plugin_packages():
         return  # the first kernels come with the first plugin
     kernels = list(ROOT.glob("plugins/*/robplug_*/kernels/*.py"))
-    assert offenders(kernels, lambda name: under(name, "robplug", *LIBRARIES)) == []
-    not_triton = [path for path in kernels if path.name != "triton_impl.py"]
-    assert offenders(not_triton, lambda name: under(name, "triton")) == []
+    assert offenders(kernels, lambda name: under(name, *LIBRARIES)) == []
+    ops = [path for path in kernels if path.name == "ops.py"]
+    assert offenders(ops, lambda name: under(name, "robplug") and not under(name, "robplug.kernels")) == []
     not_ops = [path for path in kernels if path.name != "ops.py"]
-    assert offenders(not_ops, lambda name: name.endswith(".triton_impl") or ".triton_impl." in name) == []
+    assert offenders(not_ops, lambda name: under(name, "robplug")) == []
+    not_triton = [path for path in kernels if path.name != "triton_impl.py"] + files("robplug/**/*.py")
+    assert offenders(not_triton, lambda name: under(name, "triton")) == []
+    anything = files("robplug/**/*.py", "plugins/*/robplug_*/**/*.py")
+    assert offenders(anything, lambda name: name.endswith(".triton_impl") or ".triton_impl." in name) == []
     reference = [path for path in kernels if path.name == "reference.py"]
     assert offenders(reference, lambda name: not under(name, "torch", "__future__", "math")) == []
 

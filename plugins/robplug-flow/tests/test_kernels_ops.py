@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from robplug_flow import flow_gradient_penalty, flow_smoothness, kernels, warp
-from robplug_flow.kernels import ops, reference
+from robplug_flow import flow_gradient_penalty, flow_smoothness, warp
 
 X = torch.rand(2, 3, 4, 5)
 FLOW = torch.rand(2, 2, 4, 5)
@@ -99,14 +98,6 @@ def test_inputs_are_never_written() -> None:
     firsts = torch.autograd.grad(total, (x, g, flow), create_graph=True)
     torch.autograd.grad(sum(first.square().sum() for first in firsts), (x, g, flow))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, g, flow), before, strict=True))
-
-
-def test_cuda_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "robplug_flow.kernels.triton_impl", raising=False)
-    monkeypatch.delattr(kernels, "triton_impl", raising=False)
-    with pytest.warns(UserWarning, match="triton is not installed.*pip install"):
-        assert ops._cuda_kernels.__wrapped__() is reference
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from robplug_ghost import erode_add, erode_dropout, erode_scale, kernels
+from robplug_ghost import erode_add, erode_dropout, erode_scale
 from robplug_ghost.kernels import ops, reference
 
 SEED = 2**62 + 12345
@@ -292,14 +292,6 @@ def test_many_tables_of_weights_are_forgotten_and_come_back_the_same() -> None:
         reference.channel_weights(seed, 0, 8, 0.5)
     assert len(reference._tables) <= reference.REMEMBERED
     assert torch.equal(reference.channel_weights(1, 0, 8, 0.5), first)
-
-
-def test_cuda_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "robplug_ghost.kernels.triton_impl", raising=False)
-    monkeypatch.delattr(kernels, "triton_impl", raising=False)
-    with pytest.warns(UserWarning, match="triton is not installed.*pip install"):
-        assert ops._cuda_kernels.__wrapped__() is reference
 
 
 def test_importing_the_package_imports_no_torch() -> None:

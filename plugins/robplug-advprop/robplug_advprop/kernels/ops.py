@@ -6,16 +6,13 @@ the implementation and the fake one, so that eager mode and ``torch.compile`` re
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from robplug.kernels import operator
 from robplug_advprop.kernels import checks, reference
 
 Rows = Tensor | Sequence[Tensor]
@@ -86,48 +83,6 @@ def _update(running: Rows, batch: Tensor, momentum: Sequence[Momentum]) -> None:
         row.lerp_(value.to(row.dtype), share.to(row.dtype) if isinstance(share, Tensor) else share)
 
 
-@functools.cache
-def _cuda_kernels() -> ModuleType:
-    """Returns the Triton kernels, or, said aloud, the reference where triton is not installed."""
-    try:
-        from robplug_advprop.kernels import triton_impl
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        remedy = "pip install robplug-advprop[triton]"
-        warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
-        return reference
-    return triton_impl
-
-
-def _operator(schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
-    """Registers an operator.
-
-    Args:
-        schema: its name and arguments; reference and Triton have a function of that name with these arguments.
-        check: raises where the arguments do not fit.
-        empty: returns tensors with the shapes, dtypes and strides of the results.
-    """
-    name, bracket, arguments = schema.partition("(")
-
-    def plain(*args: Any) -> Any:
-        check(*args)
-        return getattr(reference, name)(*args)
-
-    def cuda(*args: Any) -> Any:
-        check(*args)
-        return getattr(_cuda_kernels(), name)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    operator = custom_op(f"robplug_advprop::{name}", plain, mutates_args=(), schema=bracket + arguments)
-    operator.register_kernel("cuda", cuda)
-    operator.register_fake(fake)
-    return operator
-
-
 def _normalised(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
@@ -136,15 +91,17 @@ def _gradients(g: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, T
     return _normalised(x, weight)
 
 
-_mixture = _operator(
+_mixture = operator(
     "mixture_batch_norm(Tensor x, Tensor weight, Tensor bias, SymInt[] sizes, float eps, bool relu)"
     " -> (Tensor, Tensor, Tensor)",
+    reference,
     checks.mixture,
     _normalised,
 )
-_mixture_backward = _operator(
+_mixture_backward = operator(
     "mixture_batch_norm_backward(Tensor g, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor? out,"
     " SymInt[] sizes, float eps) -> (Tensor, Tensor, Tensor)",
+    reference,
     checks.mixture_backward,
     _gradients,
 )

@@ -6,14 +6,11 @@ fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from types import ModuleType
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.library import custom_op
 
+from robplug.kernels import operator
 from robplug_di2.kernels import checks, reference
 
 Mode = Literal["nearest", "bilinear"]
@@ -62,47 +59,21 @@ def resize_pad(
     return out
 
 
-@functools.cache
-def _cuda_kernels() -> ModuleType:
-    """Returns the Triton kernels, or, said aloud, the reference where triton is not installed."""
-    try:
-        from robplug_di2.kernels import triton_impl
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        remedy = "pip install robplug-di2[triton]"
-        warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
-        return reference
-    return triton_impl
+def _on_canvas(x: Tensor, size: Tensor, offset: Tensor, height: int, width: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:2], height, width))
 
 
-def _operator(schema: str) -> Any:
-    """Registers an operator; reference and Triton have a function of its name with its arguments."""
-    name, bracket, arguments = schema.partition("(")
-
-    def plain(*args: Any) -> Tensor:
-        checks.resize_pad(*args)
-        return getattr(reference, name)(*args)  # type: ignore[no-any-return]
-
-    def cuda(*args: Any) -> Tensor:
-        checks.resize_pad(*args)
-        return getattr(_cuda_kernels(), name)(*args)  # type: ignore[no-any-return]
-
-    def fake(x: Tensor, size: Tensor, offset: Tensor, height: int, width: int, *rest: Any) -> Tensor:
-        checks.resize_pad(x, size, offset, height, width, *rest)
-        return x.new_empty((*x.shape[:2], height, width))
-
-    operator = custom_op(f"robplug_di2::{name}", plain, mutates_args=(), schema=bracket + arguments)
-    operator.register_kernel("cuda", cuda)
-    operator.register_fake(fake)
-    return operator
-
-
-_resize_pad = _operator(
-    "resize_pad(Tensor x, Tensor size, Tensor offset, int height, int width, bool bilinear, float fill) -> Tensor"
+_resize_pad = operator(
+    "resize_pad(Tensor x, Tensor size, Tensor offset, int height, int width, bool bilinear, float fill) -> Tensor",
+    reference,
+    checks.resize_pad,
+    _on_canvas,
 )
-_adjoint = _operator(
-    "resize_pad_adjoint(Tensor g, Tensor size, Tensor offset, int height, int width, bool bilinear) -> Tensor"
+_adjoint = operator(
+    "resize_pad_adjoint(Tensor g, Tensor size, Tensor offset, int height, int width, bool bilinear) -> Tensor",
+    reference,
+    checks.resize_pad,
+    _on_canvas,
 )
 
 

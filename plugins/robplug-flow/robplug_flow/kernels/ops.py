@@ -6,16 +6,12 @@ the implementation and the fake one, so that eager mode and ``torch.compile`` re
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from robplug.kernels import operator
 from robplug_flow.kernels import checks, reference
 
 Pair = tuple[Tensor, Tensor]
@@ -117,48 +113,6 @@ def flow_smoothness(flow: Tensor, neighbours: Literal["adjacent", "diagonal"] = 
     return value
 
 
-@functools.cache
-def _cuda_kernels() -> ModuleType:
-    """Returns the Triton kernels, or, said aloud, the reference where triton is not installed."""
-    try:
-        from robplug_flow.kernels import triton_impl
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        remedy = "pip install robplug-flow[triton]"
-        warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
-        return reference
-    return triton_impl
-
-
-def _operator(schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
-    """Registers an operator.
-
-    Args:
-        schema: its name and arguments; reference and Triton have a function of that name with these arguments.
-        check: raises where the arguments do not fit.
-        empty: returns tensors with the shapes, dtypes and strides of the results.
-    """
-    name, bracket, arguments = schema.partition("(")
-
-    def plain(*args: Any) -> Any:
-        check(*args)
-        return getattr(reference, name)(*args)
-
-    def cuda(*args: Any) -> Any:
-        check(*args)
-        return getattr(_cuda_kernels(), name)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    operator = custom_op(f"robplug_flow::{name}", plain, mutates_args=(), schema=bracket + arguments)
-    operator.register_kernel("cuda", cuda)
-    operator.register_fake(fake)
-    return operator
-
-
 def _like_first(first: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(first)
 
@@ -179,22 +133,32 @@ def _value_and_gradient(flow: Tensor, neighbours: str) -> Pair:
     return _per_sample(flow), torch.empty_like(flow)
 
 
-_warp = _operator("warp(Tensor x, Tensor flow) -> Tensor", checks.warp, _like_first)
-_warp_adjoint = _operator("warp_adjoint(Tensor g, Tensor flow) -> Tensor", checks.warp, _like_first)
-_warp_flow_gradient = _operator(
-    "warp_flow_gradient(Tensor g, Tensor x, Tensor flow) -> Tensor", checks.warp_gradient, _like_flow
+_warp = operator("warp(Tensor x, Tensor flow) -> Tensor", reference, checks.warp, _like_first)
+_warp_adjoint = operator("warp_adjoint(Tensor g, Tensor flow) -> Tensor", reference, checks.warp, _like_first)
+_warp_flow_gradient = operator(
+    "warp_flow_gradient(Tensor g, Tensor x, Tensor flow) -> Tensor",
+    reference,
+    checks.warp_gradient,
+    _like_flow,
 )
-_penalty = _operator(
-    "flow_gradient_penalty(Tensor x, Tensor g, float kappa_row, float kappa_col) -> Tensor", checks.penalty, _per_sample
+_penalty = operator(
+    "flow_gradient_penalty(Tensor x, Tensor g, float kappa_row, float kappa_col) -> Tensor",
+    reference,
+    checks.penalty,
+    _per_sample,
 )
-_penalty_gradient = _operator(
+_penalty_gradient = operator(
     "flow_gradient_penalty_gradient"
     "(Tensor u, Tensor x, Tensor g, float kappa_row, float kappa_col, bool need_x) -> (Tensor, Tensor)",
+    reference,
     checks.penalty_gradient,
     _like_images,
 )
-_smoothness = _operator(
-    "flow_smoothness(Tensor flow, str neighbours) -> (Tensor, Tensor)", checks.smoothness, _value_and_gradient
+_smoothness = operator(
+    "flow_smoothness(Tensor flow, str neighbours) -> (Tensor, Tensor)",
+    reference,
+    checks.smoothness,
+    _value_and_gradient,
 )
 
 

@@ -6,16 +6,12 @@ fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from robplug.kernels import operator
 from robplug_ghost.kernels import checks, reference
 
 
@@ -108,48 +104,6 @@ def _call(name: str, x: Tensor, *args: Any) -> Tensor:
     return getattr(reference, f"differentiable_{name}")(x, *args)  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _cuda_kernels() -> ModuleType:
-    """Returns the Triton kernels, or, said aloud, the reference where triton is not installed."""
-    try:
-        from robplug_ghost.kernels import triton_impl
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        remedy = "pip install robplug-ghost[triton]"
-        warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
-        return reference
-    return triton_impl
-
-
-def _operator(schema: str, empty: Callable[..., Any]) -> Any:
-    """Registers an operator; checks, reference and Triton have a function of its name with its arguments.
-
-    Args:
-        schema: its name and arguments.
-        empty: returns tensors with the shapes, dtypes and strides of the results.
-    """
-    name, bracket, arguments = schema.partition("(")
-    check = getattr(checks, name)
-
-    def plain(*args: Any) -> Any:
-        check(*args)
-        return getattr(reference, name)(*args)
-
-    def cuda(*args: Any) -> Any:
-        check(*args)
-        return getattr(_cuda_kernels(), name)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    operator = custom_op(f"robplug_ghost::{name}", plain, mutates_args=(), schema=bracket + arguments)
-    operator.register_kernel("cuda", cuda)
-    operator.register_fake(fake)
-    return operator
-
-
 def _like_first(x: Tensor, *_: Any) -> Tensor:
     return reference.empty(x)
 
@@ -162,14 +116,24 @@ def _two_like_second(first: Tensor, second: Tensor, *_: Any) -> tuple[Tensor, Te
     return reference.empty(second), reference.empty(second)
 
 
-_erode_add = _operator(
-    "erode_add(Tensor shortcut, Tensor residual, int seed, int layer, float skip, bool relu) -> Tensor", _like_second
+_erode_add = operator(
+    "erode_add(Tensor shortcut, Tensor residual, int seed, int layer, float skip, bool relu) -> Tensor",
+    reference,
+    checks.erode_add,
+    _like_second,
 )
-_erode_add_backward = _operator(
-    "erode_add_backward(Tensor g, Tensor out, int seed, int layer, float skip) -> (Tensor, Tensor)", _two_like_second
+_erode_add_backward = operator(
+    "erode_add_backward(Tensor g, Tensor out, int seed, int layer, float skip) -> (Tensor, Tensor)",
+    reference,
+    checks.erode_add_backward,
+    _two_like_second,
 )
-_erode_scale = _operator("erode_scale(Tensor x, int seed, int layer, float skip) -> Tensor", _like_first)
-_erode_dropout = _operator("erode_dropout(Tensor x, int seed, int layer, float keep) -> Tensor", _like_first)
+_erode_scale = operator(
+    "erode_scale(Tensor x, int seed, int layer, float skip) -> Tensor", reference, checks.erode_scale, _like_first
+)
+_erode_dropout = operator(
+    "erode_dropout(Tensor x, int seed, int layer, float keep) -> Tensor", reference, checks.erode_dropout, _like_first
+)
 
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

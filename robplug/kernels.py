@@ -1,0 +1,67 @@
+"""A plugin's kernels as PyTorch operators: one schema, one check, plain PyTorch everywhere and Triton on CUDA.
+
+A package of kernels has two modules: ``reference``, the definitions in plain PyTorch, and ``triton_impl``. Both have a
+function for each operator, with its name and its arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch.library import custom_op
+
+
+def operator(schema: str, reference: ModuleType, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
+    """Registers an operator as ``torch.ops.PACKAGE.NAME``, without a derivative.
+
+    The reference runs on every device but CUDA, where ``triton_impl`` beside it does; where triton is not installed,
+    the reference does there too, after a warning. The check goes before all of them and before the fake implementation,
+    so that eager mode and ``torch.compile`` refuse the same arguments.
+
+    Args:
+        schema: name, arguments and results, such as ``"warp(Tensor x, Tensor flow) -> Tensor"``.
+        reference: the module ``reference`` of the package of kernels; the plugin's package is PACKAGE.
+        check: raises where the arguments do not fit.
+        empty: returns tensors with the shapes, dtypes and strides of the results.
+
+    Returns:
+        The operator, as `torch.library.custom_op` gives it; its ``register_autograd`` adds a derivative.
+    """
+    name, bracket, arguments = schema.partition("(")
+
+    def plain(*args: Any) -> Any:
+        check(*args)
+        return getattr(reference, name)(*args)
+
+    def cuda(*args: Any) -> Any:
+        check(*args)
+        return getattr(cuda_kernels(reference), name)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
+    package = reference.__name__.partition(".")[0]
+    made = custom_op(f"{package}::{name}", plain, mutates_args=(), schema=bracket + arguments)
+    made.register_kernel("cuda", cuda)
+    made.register_fake(fake)
+    return made
+
+
+@functools.cache
+def cuda_kernels(reference: ModuleType) -> ModuleType:
+    """Returns ``triton_impl`` beside the reference, or, said aloud, the reference where triton is not installed."""
+    kernels = reference.__name__.rpartition(".")[0]
+    try:
+        return importlib.import_module(f"{kernels}.triton_impl")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+    remedy = f"pip install {kernels.partition('.')[0].replace('_', '-')}[triton]"
+    warnings.warn(f"triton is not installed, so plain PyTorch runs on CUDA, slower; {remedy}", stacklevel=2)
+    return reference

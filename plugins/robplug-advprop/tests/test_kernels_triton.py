@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from robplug.testing.kernels import check_compiles, check_rounding, laid_out
 from robplug_advprop import mixture_batch_norm
 from robplug_advprop.kernels import reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYOUTS = ("contiguous", "channels_last", "gaps", "turned")
+LAYOUTS = ("contiguous", "channels_last", "gaps", "transposed")
 EPS = 1e-3
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """Returns the tensor with other strides; what lies between its values is NaN."""
-    if layout == "gaps":
-        n, channels, height, width = tensor.shape
-        wide = torch.full((n, 2 * channels, height + 1, 2 * width), torch.nan, dtype=tensor.dtype, device=tensor.device)
-        return wide[:, ::2, 1:, ::2].copy_(tensor)
-    if layout == "turned":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    return tensor.contiguous(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
 
 
 def inputs(
@@ -65,7 +52,7 @@ def both(
         ((7, 3, 5, 4), [3, 4], "contiguous", {"tile": (16, 1), "shares": 2}),
         ((7, 5, 5, 4), [1, 4, 2], "channels_last", {"tile": (16, 4), "shares": 4}),
         ((5, 3, 3, 7), [5], "gaps", {"tile": (64, 1), "shares": 4}),
-        ((6, 6, 2, 3), [1, 5], "turned", {"tile": (8, 2), "shares": 1}),
+        ((6, 6, 2, 3), [1, 5], "transposed", {"tile": (8, 2), "shares": 1}),
         ((6, 3, 4, 4), [2, 4], "contiguous", {}),
         ((5, 2, 6, 7), [2, 3], "contiguous", {"tile": (32, 1), "shares": 2}),
         ((6, 40, 2, 2), [2, 4], "channels_last", {"tile": None}),
@@ -130,10 +117,7 @@ for name in names:
 
 
 def test_the_kernels_compile_without_a_gpu() -> None:
-    """The interpreter forgives what the compiler does not, such as a variable whose type changes."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_compiles(COMPILE)
 
 
 @pytest.mark.gpu
@@ -151,7 +135,4 @@ def test_operators_on_cuda(shape: tuple[int, ...], dtype: torch.dtype, layout: s
         out = mixture_batch_norm(x, sizes, weight, bias)
         return [out.detach(), *torch.autograd.grad(out, (x, weight, bias), g)]
 
-    for ours, expected in zip(run(*tensors), run(*(tensor.cpu().double() for tensor in tensors)), strict=True):
-        scale = expected.abs().max().clamp_min(1e-6)
-        allowed = 16 * max(torch.finfo(dtype).eps, 1e-8 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
-        assert (ours.cpu().double() - expected).abs().max() / scale <= allowed
+    check_rounding(run(*tensors), run(*(tensor.cpu().double() for tensor in tensors)), dtype)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from robplug.testing.kernels import check_compiles, check_rounding, laid_out
 from robplug_di2 import resize_pad
 from robplug_di2.kernels import reference
 
@@ -20,15 +18,6 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ("contiguous", "channels_last", "gaps")
 NAMES = ("resize_pad", "resize_pad_adjoint")
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """Returns the tensor with other strides; what lies between its values is NaN."""
-    if layout == "gaps":
-        n, channels, height, width = tensor.shape
-        wide = torch.full((n, 2 * channels, height + 1, 2 * width), torch.nan, dtype=tensor.dtype, device=tensor.device)
-        return wide[:, ::2, 1:, ::2].copy_(tensor)
-    return tensor.contiguous(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
 
 
 def places(count: int, image: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -110,10 +99,7 @@ for name in names:
 
 
 def test_the_kernels_compile_without_a_gpu() -> None:
-    """The interpreter forgives what the compiler does not, such as a variable whose type changes."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_compiles(COMPILE)
 
 
 @pytest.mark.gpu
@@ -134,8 +120,4 @@ def test_operator_on_cuda(shape: tuple[int, ...], dtype: torch.dtype, layout: st
         return out.detach(), torch.autograd.grad(out, x, upstream)[0]
 
     ours = run(x.to(DEVICE), size, offset, upstream.to(DEVICE))
-    expected = run(x.double(), size.cpu(), offset.cpu(), upstream.double())
-    for one, other in zip(ours, expected, strict=True):
-        scale = other.abs().max().clamp_min(1e-6)
-        close = 16 * max(torch.finfo(dtype).eps, 1e-8 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
-        assert (one.cpu().double() - other).abs().max() / scale <= close
+    check_rounding(ours, run(x.double(), size.cpu(), offset.cpu(), upstream.double()), dtype)

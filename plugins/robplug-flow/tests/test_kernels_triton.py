@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from robplug.testing.kernels import check_compiles, check_rounding, laid_out
 from robplug_flow import flow_gradient_penalty, flow_smoothness, warp
 from robplug_flow.kernels import reference
 
@@ -28,15 +26,6 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], tuple[Any, ...]]] = {
     "flow_gradient_penalty_gradient": lambda t: (t["u"], t["x"], t["g"], 1.5, 0.5, True),
     "flow_smoothness": lambda t: (t["flow"], "adjacent"),
 }
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """Returns the tensor with other strides; what lies between its values is NaN."""
-    if layout == "gaps":
-        n, channels, height, width = tensor.shape
-        wide = torch.full((n, 2 * channels, height + 1, 2 * width), torch.nan, dtype=tensor.dtype, device=tensor.device)
-        return wide[:, ::2, 1:, ::2].copy_(tensor)
-    return tensor.contiguous(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
 
 
 def inputs(shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -174,10 +163,7 @@ for name in names:
 
 
 def test_the_kernels_compile_without_a_gpu() -> None:
-    """The interpreter forgives what the compiler does not, such as a variable whose type changes."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_compiles(COMPILE)
 
 
 @pytest.mark.gpu
@@ -203,8 +189,4 @@ def test_operators_on_cuda(shape: tuple[int, ...], dtype: torch.dtype, layout: s
             found += [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
         return found
 
-    for ours, expected in zip(run(tensors), run(truth), strict=True):
-        scale = expected.abs().max().clamp_min(1e-6)
-        assert ((ours.cpu().double() - expected).abs().max() / scale) <= 16 * max(
-            torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-8
-        )
+    check_rounding(run(tensors), run(truth), dtype)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from robplug.testing.kernels import check_compiles, check_rounding, laid_out
 from robplug_ghost.kernels import ops, reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -26,17 +24,6 @@ CASES: dict[str, tuple[int, tuple[Any, ...]]] = {
     "erode_dropout": (1, (SEED, 3, 0.7)),
 }
 """Number of tensors and the other arguments."""
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """Returns the tensor with other strides; what lies between its values is NaN."""
-    if layout == "gaps":
-        n, channels, height, width = tensor.shape
-        wide = torch.full((n, 2 * channels, height + 1, 2 * width), torch.nan, dtype=tensor.dtype, device=tensor.device)
-        return wide[:, ::2, 1:, ::2].copy_(tensor)
-    if layout == "transposed":
-        return tensor.mT.contiguous().mT
-    return tensor.contiguous(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
 
 
 def both(name: str, shape: tuple[int, ...], tile: int, layout: str, dtype: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -133,10 +120,7 @@ for name in names:
 
 
 def test_the_kernels_compile_without_a_gpu() -> None:
-    """The interpreter forgives what the compiler does not, such as a variable whose type changes."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_compiles(COMPILE)
 
 
 @pytest.mark.gpu
@@ -157,10 +141,7 @@ def test_operators_on_cuda(shape: tuple[int, ...], dtype: torch.dtype, layout: s
 
     ours = run(*(tensor.to(DEVICE) for tensor in (shortcut, residual, g)))
     expected = run(*(tensor.double() for tensor in (shortcut, residual, g)))
-    for one, other in zip(ours, expected, strict=True):
-        scale = other.abs().max()
-        close = 8 * max(torch.finfo(dtype).eps, 1e-8 if dtype == torch.float64 else torch.finfo(torch.float32).eps)
-        assert (one.cpu().double() - other).abs().max() / scale <= close
+    check_rounding(ours, expected, dtype, units=8)
     assert torch.equal(ours[1].cpu() == 0, expected[1] == 0)
 
 

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 ROBPLUG = Path(sys.executable).with_name("robplug")
 RELEASED = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
 TRAINED = ("vgg", "separable", "plain", "vgg-at")
-PLANS = ("", "-ghosts", "-sweeps", "-peers", "-cw", "-ensembles")
+PLANS = ("", "-ghosts", "-ensembles", "-sweeps", "-peers", "-cw")
 PLAIN, DI = "di2/di2-fgsm p=0.0", "di2/di2-fgsm"
 MI, MDI = "di2/m-di2-fgsm p=0.0", "di2/m-di2-fgsm"
 CW, DCW = "di2/d-cw p=0.0", "di2/d-cw"

@@ -42,8 +42,8 @@ PAIRS = {
     "-cw": [(CW, DCW)],
 }
 """Attacks on one source to be compared: the former is the baseline."""
-BASE, STANDARD = "ResNet-20", "3 ghosts, skip .1"
-FEW, MANY = "steps=4", "steps=12"
+BASE, STANDARD = "ResNet-20", "5 ghosts, skip .1"
+FEW, MANY = "steps=4", "steps=20"
 
 
 @dataclass(frozen=True)

@@ -82,3 +82,20 @@ def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, robplug_advprop, robplug_advprop.plugin; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_called_on_the_cpu_is_the_operator_bit_for_bit(relu: bool, layout: torch.memory_format) -> None:
+    x = torch.randn(5, 3, 6, 7).contiguous(memory_format=layout)
+    weight, bias, g = torch.rand(2, 3), torch.randn(2, 3), torch.randn(5, 3, 6, 7)
+    found = []
+    for call in (
+        lambda *a: mixture_batch_norm(a[0], [2, 3], a[1], a[2], relu=relu),
+        lambda *a: torch.ops.robplug_advprop.mixture_batch_norm(*a, [2, 3], 1e-5, relu)[0],
+    ):
+        leaves = [tensor.clone(memory_format=torch.preserve_format).requires_grad_() for tensor in (x, weight, bias)]
+        out = call(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, g)])
+    for one, other in zip(*found, strict=True):
+        assert one.stride() == other.stride() and torch.equal(one, other)

@@ -63,8 +63,10 @@ def mixture_batch_norm(
     shape, dtype = (len(sizes), x.shape[1]), reference.accumulator(x)
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
+    # on the CPU, calling an operator costs as much as normalising a small layer
+    call = _Direct.apply if x.is_cpu and not torch.compiler.is_compiling() else _mixture
     out: Tensor
-    out, mean, var = _mixture(x, scale, shift, sizes, eps, relu)
+    out, mean, var = call(x, scale, shift, list(sizes), eps, relu)
     shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
     for running, batch in ((running_mean, mean), (running_var, var)):
         if running is not None:
@@ -119,8 +121,24 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # somebody wants the derivative of this one
         found = reference.gradients(g, x, weight, out, ctx.sizes, ctx.eps)
     else:
-        found = _mixture_backward(g, x, weight, mean, var, out, ctx.sizes, ctx.eps)
+        direct = g.is_cpu and not torch.compiler.is_compiling()
+        call = reference.mixture_batch_norm_backward if direct else _mixture_backward
+        found = call(g, x, weight, mean, var, out, ctx.sizes, ctx.eps)
     return *found, None, None, None
 
 
 _mixture.register_autograd(_backward, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator on the CPU without its dispatch."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, sizes: list[int], eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        checks.mixture(x, weight, bias, sizes, eps, relu)
+        return reference.mixture_batch_norm(x, weight, bias, sizes, eps, relu)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)

@@ -250,8 +250,10 @@ def source_digest(module: nn.Module, entry: TargetEntry, where: str) -> str:
     path = (entry.make or "").partition(":")[0]
     if path.endswith(".py"):
         files.add(str(_find(path, Path(where).parent)))
-    for file in sorted(files, key=lambda name: Path(name).name):
-        content.update(Path(file).read_bytes())
+    # one file may be known by a relative and by an absolute path
+    contents = {(file.name, file.read_bytes()) for file in (Path(name).resolve() for name in files)}
+    for _, source in sorted(contents):
+        content.update(source)
     return content.hexdigest()
 
 

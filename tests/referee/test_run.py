@@ -296,3 +296,15 @@ def test_a_model_file_that_fails_is_one_clear_error(tmp_path: Path, code: str, t
         robplug.evaluate(plan, out=tmp_path / "out")
     assert "target mine" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_how_the_path_of_a_plan_is_written_changes_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    plan = toml(tmp_path / "plan.toml", targets=[{"name": "mine", "make": "model.py:Net"}])
+    absolute = [row.key for row in outlook(plan, registry())]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if not k.startswith("robplug_user_")})
+    assert [row.key for row in outlook(Path("plan.toml"), registry())] == absolute

@@ -64,12 +64,17 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
     datasets = [make_dataset(entry, registry, where) for entry in plan.datasets]
     cells = expand(plan, registry, where, [dataset.bounds for dataset in datasets])
     models = _Models(plan, registry, where, device)
+    identities: dict[tuple[str, int, str, str], Identity] = {}  # each reads source files and hashes the data
     jobs: dict[int, Job] = {}
     for cell in cells:
-        dataset = datasets[plan.datasets.index(cell.dataset)]
+        number = plan.datasets.index(cell.dataset)
+        dataset = datasets[number]
         model = models.of(cell.target, dataset)
         source = None if cell.source is None else jobs[cell.source.index]
-        identity = identify(cell, model, dataset, registry)
+        place = (cell.target.name, number, cell.spec.name, cell.threat.norm)
+        if place not in identities:
+            identities[place] = identify(cell, model, dataset, registry)
+        identity = identities[place]
         if source is None:
             _check_offers(cell, model.target, where)
         try:

@@ -25,11 +25,11 @@ CELLS_OF_A_NOTE = 6
 """Cells named beside a note."""
 
 
-def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
+def write_report(run: str | Path | Run, path: str | Path | None = None) -> Path:
     """Writes the report of a run, finished or not.
 
     Args:
-        run_dir: the run directory.
+        run: the run directory, or the run that was read from it.
         path: of the report; ``report.html`` in the run directory without.
 
     Returns:
@@ -40,7 +40,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         RobplugError: the extra ``report`` is not installed.
     """
     environment = _environment()
-    run = load_run(run_dir)
+    run = run if isinstance(run, Run) else load_run(run)
     place = run.path / "report.html" if path is None else Path(path)
     if place.is_dir():
         raise InputError("the path of a file for the report", f"the directory {place}", f"try {place / 'report.html'}")

@@ -70,7 +70,7 @@ class Results:
         """
         from robplug.referee.report import write_report
 
-        return write_report(self.path, path)
+        return write_report(self._run, path)
 
     def export(self) -> list[Path]:
         """Writes summary.json, summary.csv, samples.csv, worst-case.csv and transfer.csv into the run directory.

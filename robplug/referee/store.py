@@ -167,9 +167,13 @@ class CellStore:
         path = self._file("adversarials", chunk, ".safetensors")
         with explained(path):
             try:
-                return load(path.read_bytes())
+                tensors = load(path.read_bytes())
             except SafetensorError as error:
                 raise StoreError(path, f"is damaged ({error}); remove {self.path} to run this cell again") from None
+        for name in ("sample", "x_adv"):
+            if name not in tensors:
+                raise StoreError(path, f"is damaged (no {name}); remove {self.path} to run this cell again")
+        return tensors
 
     def forget(self) -> None:
         """Removes cell.json, so that the cell begins anew."""

@@ -51,7 +51,7 @@ class Matrix:
         targeted: whether a given class was to be reached.
         goal_rule: how that class was chosen, else "".
         eps: the radius, or None where any distance counts.
-        count: ``"common"`` or ``"pairs"``; see `robplug.referee.plan.TransferEntry`.
+        count: ``"common"`` or ``"pairs"``; see `robplug.referee.plan_tables.TransferEntry`.
         common: samples that all models of the matrix classify correctly.
         samples: all samples.
         sources: names, in the order of the plan.

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import robplug
 from robplug.errors import PlanError, StoreError
@@ -185,11 +185,12 @@ def test_stored_samples_are_measured_again(run: Path, tmp_path: Path) -> None:
     assert all(entry.broken == 0 and entry.unresolved == entry.counted for entry in elsewhere)
 
 
-def test_damaged_samples_are_an_error_that_says_what_to_remove(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [True, False])
+def test_damaged_samples_are_an_error_that_says_what_to_remove(tmp_path: Path, cut: bool) -> None:
     source = {**PLAN, "targets": PLAN["targets"][:1], "transfer": [{"sources": ["plain"], "victims": ["plain"]}]}
     robplug.evaluate(source, out=tmp_path)
     file = next(iter(tmp_path.rglob("adversarials-00001*")))
-    file.write_bytes(file.read_bytes()[:50])
+    file.write_bytes(file.read_bytes()[:50] if cut else save({"sample": torch.arange(3)}))
     with pytest.raises(StoreError, match=r"adversarials-00001.*damaged.*remove"):
         robplug.evaluate(PLAN, out=tmp_path)
 

@@ -54,7 +54,7 @@ def erode_add(
     if shortcut.dtype != residual.dtype:
         dtype = torch.result_type(shortcut, residual)
         shortcut, residual = shortcut.to(dtype), residual.to(dtype)
-    return _call("add", shortcut, residual, seed, layer, float(skip), activation == "relu")
+    return _call("erode_add", shortcut, residual, seed, layer, float(skip), activation == "relu")
 
 
 def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
@@ -62,7 +62,7 @@ def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
 
     Differentiable: any number of times, in x.
     """
-    return _call("scale", x, seed, layer, float(skip))
+    return _call("erode_scale", x, seed, layer, float(skip))
 
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
@@ -91,17 +91,16 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
 
     Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (dropout erosion).
     """
-    return _call("dropout", x, seed, layer, float(keep))
+    return _call("erode_dropout", x, seed, layer, float(keep))
 
 
 def _call(name: str, x: Tensor, *args: Any) -> Tensor:
-    """Calls an operator, or on the CPU its plain formula: for a small layer, the call costs more than the layer."""
-    last = args[0] if name == "add" else x
-    if not x.is_cpu or torch.compiler.is_compiling() or reference.empty(last).stride() != last.stride():
-        out: Tensor = getattr(torch.ops.robplug_ghost, f"erode_{name}")(x, *args)
+    """Calls an operator, or on the CPU the reference itself: for a small layer, the call costs more than the layer."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        out: Tensor = getattr(torch.ops.robplug_ghost, name)(x, *args)
         return out
-    getattr(checks, f"erode_{name}")(x, *args)
-    return getattr(reference, f"differentiable_{name}")(x, *args)  # type: ignore[no-any-return]
+    getattr(checks, name)(x, *args)
+    return getattr(reference, name)(x, *args)  # type: ignore[no-any-return]
 
 
 def _like_first(x: Tensor, *_: Any) -> Tensor:

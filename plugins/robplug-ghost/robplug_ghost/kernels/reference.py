@@ -38,12 +38,17 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns room for a result of the shape of x: channels last if x has them last, contiguous otherwise."""
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Returns how a result of the shape of x lies: channels last if x has them last, contiguous otherwise."""
     last = LAST.get(x.dim())
     if x.is_contiguous() or last is None or not x.is_contiguous(memory_format=last):
-        last = torch.contiguous_format
-    return torch.empty_like(x, dtype=dtype, memory_format=last)
+        return torch.contiguous_format
+    return last
+
+
+def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns room for a result of the shape of x."""
+    return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
 def philox(seed: int, counter: Tensor) -> Tensor:
@@ -129,11 +134,13 @@ def threshold(keep: float) -> int:
 
 
 def erode_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool) -> Tensor:
-    """Returns w * shortcut + residual, with one w a channel, or its positive part; (N, C, ...)."""
+    """Returns w * shortcut + residual, with one w a channel, or its positive part; (N, C, ...).
+
+    Autograd keeps the weights, and the result of a ReLU.
+    """
     acc = accumulator(residual)
-    out = empty(residual, acc)
-    torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip), out=out)
-    return (out.relu_() if relu else out).to(residual.dtype)
+    total = torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip))
+    return _laid_out(total.relu_() if relu else total, residual)
 
 
 def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: float) -> tuple[Tensor, Tensor]:
@@ -144,34 +151,23 @@ def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: floa
 
 
 def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
-    """Returns w * x, with one w a channel; (N, C, ...). It is its own adjoint."""
-    acc = accumulator(x)
-    out = empty(x, acc)
-    return torch.mul(x.to(acc), _along(x, seed, layer, skip), out=out).to(x.dtype)
+    """Returns w * x, with one w a channel; (N, C, ...). It is its own adjoint; autograd keeps the weights."""
+    return _laid_out(x.to(accumulator(x)) * _along(x, seed, layer, skip), x)
 
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
-    """Returns x / keep where a value is kept, and 0 elsewhere; (N, C, ...). It is its own adjoint."""
-    acc = accumulator(x)
-    out = empty(x, acc)
-    return torch.mul(x.to(acc), _mask(x, seed, layer, keep), out=out).to(x.dtype)
+    """Returns x / keep where a value is kept, and 0 elsewhere; (N, C, ...).
+
+    It is its own adjoint; autograd keeps the mask, which all samples share.
+    """
+    return _laid_out(x.to(accumulator(x)) * _mask(x, seed, layer, keep), x)
 
 
-def differentiable_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: float, relu: bool) -> Tensor:
-    """Returns `erode_add` as autograd sees it: beside the result of a ReLU it keeps the weights alone."""
-    acc = accumulator(residual)
-    total = torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip))
-    return (total.relu() if relu else total).to(residual.dtype)
-
-
-def differentiable_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
-    """Returns `erode_scale` as autograd sees it, which keeps the weights."""
-    return (x.to(accumulator(x)) * _along(x, seed, layer, skip)).to(x.dtype)
-
-
-def differentiable_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
-    """Returns `erode_dropout` as autograd sees it, which keeps the mask that all samples share."""
-    return (x.to(accumulator(x)) * _mask(x, seed, layer, keep)).to(x.dtype)
+def _laid_out(values: Tensor, x: Tensor) -> Tensor:
+    """Returns values in the dtype of x, channels last if x has them last, contiguous otherwise."""
+    out = values.to(x.dtype)
+    # the strides of axes of size 1 count as well: torch.compile has been promised those of `empty`
+    return out if out.stride() == empty(x).stride() else out.clone(memory_format=memory_format(x))
 
 
 def _mask(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:

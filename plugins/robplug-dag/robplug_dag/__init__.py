@@ -1,0 +1,1 @@
+"""Dense Adversary Generation: adversarial examples for segmentation and detection, and its kernels."""

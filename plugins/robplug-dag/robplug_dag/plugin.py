@@ -1,0 +1,1 @@
+"""What robplug-dag offers to the host."""

@@ -1,0 +1,1 @@
+"""Regularisation of neural activation sensitivity (NsLoss) and of the Jacobian, and their kernels."""

@@ -1,0 +1,1 @@
+"""What robplug-nsloss offers to the host."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +12,32 @@ import torch
 from torch import Tensor
 
 from robplug.errors import InputError
+from robplug.types import Task
 
 ASSETS = Path(__file__).parent / "assets"
+
+
+IGNORE = 255
+"""The pixel label that stands for no class: such pixels are neither trained on nor counted."""
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Samples and labels in memory.
 
+    Labels of ``"classification"`` are (N,) int64 classes. Those of ``"segmentation"`` are (N, H, W) int64 classes, 0
+    the background and `IGNORE` none. Those of ``"detection"`` are (N, M, 5) float32 rows x1, y1, x2, y2, in pixels with
+    right and bottom edges exclusive, and the class, 1 or more, for 0 is the background; where an image has fewer than M
+    boxes, rows whose class is -1 come after them.
+
     Attributes:
         name: for tables.
         x: (N, ...) float32 samples inside ``bounds``.
-        y: (N,) int64 labels.
+        y: (N, ...) labels of ``task``.
         bounds: smallest and largest value of a sample.
-        class_names: one per class.
+        class_names: one per class, the background included where the task has one.
+        task: what ``y`` are labels of.
+        others: (N, ...) labels of the same samples for further tasks, by task.
     """
 
     name: str
@@ -33,17 +45,34 @@ class Dataset:
     y: Tensor
     bounds: tuple[float, float] = (0.0, 1.0)
     class_names: tuple[str, ...] = ()
+    task: Task = "classification"
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def head(self, count: int) -> Dataset:
         """Returns the first ``count`` samples."""
-        return replace(self, x=self.x[:count], y=self.y[:count])
+        return self._each(lambda tensor: tensor[:count])
 
     def take(self, rows: Tensor) -> Dataset:
         """Returns the samples of some rows, (K,) int64, in that order."""
-        return replace(self, x=self.x[rows], y=self.y[rows])
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Dataset:
+        others = {task: change(labels) for task, labels in self.others.items()}
+        return replace(self, x=change(self.x), y=change(self.y), others=others)
+
+    def labels(self, task: str) -> Tensor:
+        """Returns the labels of a task.
+
+        Raises:
+            InputError: the data set has none for it.
+        """
+        known = {self.task: self.y, **self.others}
+        if task not in known:
+            raise InputError(f"{self.name} with labels for {task}", f"labels for {', '.join(known)}")
+        return known[task]
 
     @property
     def digest(self) -> str:
@@ -51,6 +80,10 @@ class Dataset:
         content = hashlib.sha256(str((tuple(self.x.shape), self.bounds)).encode())
         for tensor in (self.x, self.y):
             content.update(tensor.contiguous().numpy().tobytes())
+        if self.task != "classification" or self.others:
+            for task, labels in sorted({self.task: self.y, **self.others}.items()):
+                content.update(str((self.task, task, tuple(labels.shape))).encode())
+                content.update(labels.contiguous().numpy().tobytes())
         return content.hexdigest()
 
 

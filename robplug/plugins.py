@@ -31,6 +31,7 @@ BUILT_IN = (
     "robplug.adapters.art.plugin",
     "robplug.adapters.foolbox.plugin",
     "robplug.adapters.torchattacks.plugin",
+    "robplug.vision.plugin",
 )
 
 NAME = re.compile(r"[a-z0-9]+([-.][a-z0-9]+)*(/[a-z0-9]+([-.][a-z0-9]+)*)?(@[a-z0-9-]+)?")

@@ -91,7 +91,10 @@ def test_listing_and_reporting_import_no_torch() -> None:
         "api",
     )
     paths = files(
-        *(f"robplug/{name}.py" for name in module_level), "robplug/adapters/*/plugin.py", "robplug/adapters/common.py"
+        *(f"robplug/{name}.py" for name in module_level),
+        "robplug/adapters/*/plugin.py",
+        "robplug/adapters/common.py",
+        "robplug/vision/plugin.py",
     )
     assert offenders(paths, lambda name: under(name, *heavy), everywhere=False) == []
     anywhere = (
@@ -131,7 +134,10 @@ def test_kernels_stand_alone() -> None:
 
 def test_plugin_modules_import_the_host_and_the_standard_library_only() -> None:
     paths = files(
-        "robplug/builtin.py", "robplug/adapters/*/plugin.py", *(f"plugins/*/{p}/plugin.py" for p in plugin_packages())
+        "robplug/builtin.py",
+        "robplug/adapters/*/plugin.py",
+        "robplug/vision/plugin.py",
+        *(f"plugins/*/{p}/plugin.py" for p in plugin_packages()),
     )
     assert offenders(paths, lambda name: name.partition(".")[0] not in STDLIB | {"robplug"}) == []
 
@@ -158,8 +164,16 @@ def test_nothing_imports_the_command_line_and_only_it_the_conformance_kit() -> N
     assert offenders(rest, lambda name: under(name, "robplug.testing")) == []
 
 
-def test_the_core_never_imports_torchvision() -> None:
-    assert offenders(files("robplug/**/*.py"), lambda name: under(name, "torchvision")) == []
+def test_nothing_in_the_host_imports_the_networks_of_further_tasks() -> None:
+    paths = [path for path in files("robplug/**/*.py") if "vision" not in path.parts]
+    assert offenders(paths, lambda name: under(name, "robplug.vision")) == []
+
+
+def test_torchvision_is_imported_late_and_beside_the_core_only() -> None:
+    paths = files("robplug/**/*.py")
+    core = [path for path in paths if "vision" not in path.parts]
+    assert offenders(core, lambda name: under(name, "torchvision")) == []
+    assert offenders(paths, lambda name: under(name, "torchvision", "pycocotools", "PIL"), everywhere=False) == []
 
 
 def test_files_are_small() -> None:
@@ -172,8 +186,8 @@ def test_files_are_small() -> None:
 
 
 def test_the_host_is_thin() -> None:
-    """Lines of code, without docstrings, comments and blank lines; adapters and conformance kit are counted apart."""
-    apart = {"adapters", "testing"}
+    """Lines of code, without docstrings, comments and blank lines; adapters, vision and conformance kit are apart."""
+    apart = {"adapters", "testing", "vision"}
     total = sum(code_lines(path) for path in files("robplug/**/*.py") if not apart & set(path.parts))
     assert total <= 6500
 

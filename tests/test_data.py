@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import robplug
+from robplug.data import Dataset
 from robplug.errors import InputError
 from robplug.registry import resolve
 
@@ -284,3 +287,34 @@ def test_unfit_folder_is_refused(tmp_path: Path) -> None:
     extra.rename(tmp_path / "cat" / "notes.txt")
     with pytest.raises(InputError, match=r"an image .*, got .*notes.txt; move other files out"):
         robplug.dataset("folder", split="all", root=str(tmp_path))
+
+
+# further tasks
+
+
+def two_tasks() -> Dataset:
+    x, y = torch.rand(3, 1, 2, 2), torch.zeros(3, 2, 2, dtype=torch.int64)
+    boxes = torch.arange(15.0).view(3, 1, 5)
+    return Dataset("both", x, y, task="segmentation", others={"detection": boxes})
+
+
+def test_labels_of_further_tasks_go_with_their_samples() -> None:
+    data = two_tasks()
+    assert torch.equal(data.head(2).labels("detection"), data.labels("detection")[:2])
+    rows = torch.tensor([2, 0])
+    assert torch.equal(data.take(rows).labels("detection"), data.labels("detection")[rows])
+    assert torch.equal(data.labels("segmentation"), data.y)
+    with pytest.raises(InputError, match="both with labels for classification, got labels for segmentation, detection"):
+        data.labels("classification")
+
+
+def test_the_digest_sees_task_and_further_labels_and_is_otherwise_what_it_was() -> None:
+    data = two_tasks()
+    changed = data.labels("detection").clone()
+    changed[0, 0, 0] += 1
+    plain = replace(data, task="classification", others={})
+    others = [plain, replace(data, others={}), replace(data, others={"detection": changed})]
+    assert len({data.digest, *(other.digest for other in others)}) == 4
+    content = hashlib.sha256(str((tuple(data.x.shape), data.bounds)).encode())
+    content.update(data.x.numpy().tobytes() + data.y.numpy().tobytes())
+    assert plain.digest == content.hexdigest()

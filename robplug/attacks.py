@@ -131,7 +131,7 @@ class Noise:
             part = problem.select(left)
             x_adv[left] = part.ball.random(rng.at_restart(draw).select(left))
             with settled(target.module):
-                broken[left] = part.broken(target.logits(x_adv[left]))
+                broken[left] = part.beaten(x_adv[left])
             if bool(broken.all()):
                 break
         return Perturbed(x_adv, None, broken)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from robplug.errors import InputError, ThreatError
 from robplug.targets import Target
+from robplug.tasks import task_of
 from robplug.types import ThreatModel
 
 
@@ -14,11 +15,12 @@ def check_batch(target: Target, x: Tensor, y: Tensor | None, threat: ThreatModel
     """Checks a batch and returns the labels that the attack works with.
 
     Returns:
-        (N,) int64: the goals of a targeted attack, else y, else the target's own predictions.
+        The goals of a targeted attack, else y, else the target's own answers: (N,) int64, or for a task with several
+        answers a sample what `robplug.tasks` says of its labels.
 
     Raises:
         InputError: a tensor has the wrong dtype, shape, device or values.
-        ThreatError: bounds of threat and target differ, or goals and threat do not match.
+        ThreatError: bounds of threat and target differ, goals and threat do not match, or the task has no goals.
     """
     if threat.bounds != target.bounds:
         raise ThreatError(f"expected the target's bounds {target.bounds}, got a threat with {threat.bounds}")
@@ -26,10 +28,13 @@ def check_batch(target: Target, x: Tensor, y: Tensor | None, threat: ThreatModel
     if threat.targeted != (y_goal is not None):
         have, want = ("goals", "targeted=False") if y_goal is not None else ("no goals", "targeted=True")
         raise ThreatError(f"expected y_goal exactly for a targeted threat, got {have} with {want}")
-    labels = y if y_goal is None else y_goal
+    if y_goal is not None and target.task != "classification":
+        raise ThreatError(f"expected no goals for {target.task}, got y_goal; attacks choose their own")
+    labels, task = y if y_goal is None else y_goal, task_of(target)
     if labels is None:
-        return target.predict(x) if len(x) else torch.zeros(0, dtype=torch.int64, device=x.device)
-    return _check_labels(target, x, labels, "y" if y_goal is None else "y_goal")
+        labels = task.labels(task.answer(target, x))
+    task.check(labels, x, "y" if y_goal is None else "y_goal")
+    return labels.to(x.device) if labels.is_floating_point() else labels.to(device=x.device, dtype=torch.int64)
 
 
 def _check_samples(target: Target, x: Tensor, bounds: tuple[float, float]) -> None:
@@ -48,17 +53,3 @@ def _check_samples(target: Target, x: Tensor, bounds: tuple[float, float]) -> No
         lowest, highest = (float(torch.tensor(bound, dtype=torch.float32)) for bound in bounds)
         if not (lowest <= low and high <= highest):  # also false for nan
             raise InputError(f"x inside the bounds {bounds}", f"values from {low} to {high}")
-
-
-def _check_labels(target: Target, x: Tensor, labels: Tensor, name: str) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise InputError(f"{name} to be a tensor", type(labels).__name__, "torch.from_numpy makes one of an array")
-    if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        remedy = "pass class numbers"
-        raise InputError(
-            f"{name} of shape ({len(x)},) and an integer dtype", f"{tuple(labels.shape)} {labels.dtype}", remedy
-        )
-    if len(labels) and (labels.min() < 0 or (target.classes is not None and labels.max() >= target.classes)):
-        limit = "" if target.classes is None else f" and below {target.classes}"
-        raise InputError(f"{name} not negative{limit}", f"{int(labels.min())} to {int(labels.max())}")
-    return labels.to(device=x.device, dtype=torch.int64)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robplug.data import IGNORE
 from robplug.errors import InputError, ThreatError
 from robplug.norms import Ball
 from robplug.rng import Rng
 from robplug.targets import Target, settled
+from robplug.tasks import task_of
 from robplug.types import Perturbed
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +30,12 @@ ROUNDING = 2.0**-16
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the (N,) cross-entropies; an attack raises it (lowers it towards a goal)."""
+    """Returns the (N,) cross-entropies; an attack raises it (lowers it towards a goal).
+
+    Of a segmentation network's logits it is the sum over the labelled pixels.
+    """
+    if logits.dim() > 2:
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE).flatten(1).sum(1)
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -89,7 +96,7 @@ class Problem:
 
     Attributes:
         target: the model.
-        labels: (N,) the classes to leave, or to reach if ``targeted``.
+        labels: (N,) the classes to leave, or to reach if ``targeted``; of other tasks their labels.
         ball: where the samples may go.
         rng: a stream per sample.
         targeted: whether the labels are goals.
@@ -101,9 +108,28 @@ class Problem:
     rng: Rng
     targeted: bool = False
 
+    def loss(self, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor | None]:
+        """Returns (N,) the loss to be raised and the logits; of a detector the loss of its training, and no logits."""
+        if self.target.task == "detection":
+            return self.target.losses(x, self.labels), None
+        logits = self.target.logits(x)
+        return loss(logits, self.labels), logits
+
     def broken(self, logits: Tensor) -> Tensor:
         """Returns (N,) bool: the attack has what it wants."""
-        return (logits.argmax(1) == self.labels) == self.targeted
+        return self._reached(logits.argmax(1)) == self.targeted
+
+    def beaten(self, x: Tensor) -> Tensor:
+        """Returns (N,) bool: the attack has what it wants of these images; a forward pass."""
+        if self.target.task == "detection":
+            return ~self._reached(self.target.detections(x))
+        return self.broken(self.target.logits(x))
+
+    def _reached(self, answer: Tensor) -> Tensor:
+        if self.target.task == "classification":
+            return answer == self.labels
+        task = task_of(self.target)
+        return task.code(answer, self.labels) == task.wanted(self.labels)
 
     def select(self, keep: Tensor) -> Problem:
         """Returns the problem of some of the samples."""
@@ -151,7 +177,7 @@ def _one_start(problem: Problem, how: Steps, look: bool) -> tuple[Tensor, Tensor
     may_leave = how.early_stop and how.transform is None
     for _ in range(how.steps):
         gradient, logits = _gradient(problem, z, how)
-        if may_leave and bool((done := problem.broken(logits)).any()):
+        if may_leave and logits is not None and bool((done := problem.broken(logits)).any()):
             leaving = done.nonzero().flatten()
             result[index[leaving]], success[index[leaving]] = z[leaving], True
             if len(leaving) == len(z):
@@ -167,19 +193,18 @@ def _one_start(problem: Problem, how: Steps, look: bool) -> tuple[Tensor, Tensor
     result[index] = z
     if look:
         with torch.no_grad():
-            success[index] = problem.broken(problem.target.logits(problem.ball.decode(z)))
+            success[index] = problem.beaten(problem.ball.decode(z))
     return result, success
 
 
-def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor]:
-    """Returns the gradient that is to be climbed, averaged over draws, and the last logits."""
+def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradient that is to be climbed, averaged over draws, and the last logits, if there are any."""
     z = z.detach().requires_grad_()
     total: Tensor | None = None
     for _ in range(how.draws):
         with torch.enable_grad():
             x = problem.ball.decode(z)
-            logits = problem.target.logits(x if how.transform is None else how.transform(x, problem.rng))
-            loss = how.loss(logits, problem.labels)
+            loss, logits = problem.loss(x if how.transform is None else how.transform(x, problem.rng), how.loss)
         upwards = torch.full_like(loss, -1.0 if problem.targeted else 1.0)
         (gradient,) = torch.autograd.grad(loss, z, upwards)
         # the sum is finite only if all values are; where it overflows, each is asked
@@ -187,7 +212,7 @@ def _gradient(problem: Problem, z: Tensor, how: Steps) -> tuple[Tensor, Tensor]:
             raise ThreatError("expected a finite gradient of the target, got nan or inf; use an attack on scores")
         total = gradient if total is None else total.add_(gradient)
     assert total is not None  # draws >= 1
-    return total if how.draws == 1 else total.div_(how.draws), logits.detach()
+    return total if how.draws == 1 else total.div_(how.draws), None if logits is None else logits.detach()
 
 
 def _mean_abs(gradient: Tensor) -> Tensor:

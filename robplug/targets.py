@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,17 @@ from robplug.types import Task
 OFFERS = ("labels", "scores", "gradients")
 """What a model can be asked for; each includes those before it."""
 
+DETECTOR_METHODS = ("proposals", "detections", "losses")
+"""What a detector can do; see `robplug.vision.protocol.Detector`."""
+
 
 @dataclass(frozen=True)
 class Target:
     """A model under attack: what attacks and referee need to know of it.
 
     Attributes:
-        module: maps samples inside ``bounds`` to logits, (N, ...) to (N, C); attack libraries get this module.
+        module: maps samples inside ``bounds`` to logits, (N, ...) to (N, C), or of a segmentation network to
+            (N, C, H, W); a detector has the methods of `robplug.vision.protocol.Detector`. Attack libraries get it.
         bounds: smallest and largest value of a sample.
         classes: number of classes, or None if it is only known after a forward pass.
         offers: ``"gradients"``, ``"scores"`` (no gradient exists) or ``"labels"`` (logits are one-hot).
@@ -57,16 +61,21 @@ class Target:
                 raise InputError(f"{name} >= 1", count)
             if count > 1 and not self.stochastic:
                 raise InputError(f"{name} = 1 for a deterministic target", count, "pass stochastic=True")
+            if count > 1 and self.task == "detection":
+                raise InputError(f"{name} = 1 for a detector", count, "boxes of several draws have no mean")
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the logits, (N, C), differentiable if the target offers gradients; x is cast to the model's dtype."""
+        """Returns the logits, differentiable if the target offers gradients; x is cast to the model's dtype.
+
+        (N, C), or (N, C, H, W) of a segmentation network; a detector has none.
+        """
         return self.module(x.to(self.dtype))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Returns the predicted classes, (N,) int64: the largest mean probability over ``draws`` draws.
+        """Returns the predicted classes, int64: the largest mean probability over ``draws`` draws.
 
-        A sample for which the model gives no number is of class -1.
+        (N,), or (N, H, W) of a segmentation network. Where the model gives no number the class is -1.
         """
         with settled(self.module):
             if self.draws == 1:
@@ -74,6 +83,20 @@ class Target:
             else:
                 scores = torch.stack([self.logits(x).softmax(1) for _ in range(self.draws)]).mean(0)
         return scores.argmax(1).masked_fill_(scores.isnan().any(1), -1)
+
+    def proposals(self, x: Tensor) -> Any:
+        """Returns a detector's `robplug.vision.protocol.Proposals`, differentiable in x through their logits."""
+        return self.module.proposals(x.to(self.dtype))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def detections(self, x: Tensor) -> Tensor:
+        """Returns a detector's answers, (N, D, 6); see `robplug.tasks`."""
+        with settled(self.module):
+            return self.module.detections(x.to(self.dtype))  # type: ignore[no-any-return, operator]
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns a detector's training losses, (N,), differentiable in x."""
+        return self.module.losses(x.to(self.dtype), y)  # type: ignore[no-any-return, operator]
 
     def reset(self, seed: int) -> None:
         """Calls ``reset(seed)`` of every submodule of a stochastic model that has it, so that it starts over."""
@@ -93,6 +116,8 @@ class Target:
         if len(x) == 0:
             raise InputError("a sample to count the classes with", "an empty batch", "pass classes= to robplug.target")
         with torch.no_grad(), evaluation_mode(self.module):
+            if self.task == "detection":
+                return int(self.proposals(x[:1]).logits.shape[-1])
             return self.logits(x[:1]).shape[1]
 
     @property
@@ -192,6 +217,7 @@ def from_module(
     stochastic: bool = False,
     eot: int = 1,
     draws: int = 1,
+    task: Task = "classification",
 ) -> Target:
     """Makes a Target of an nn.Module that maps samples inside ``bounds`` to logits.
 
@@ -207,10 +233,20 @@ def from_module(
             module with its own generator has ``reset(seed)``.
         eot: draws averaged for an attack.
         draws: draws averaged for a verdict.
+        task: ``"segmentation"`` for logits (N, C, H, W) of the images' size, ``"detection"`` for a module with the
+            methods of `robplug.vision.protocol.Detector`.
 
     Raises:
-        InputError: options that contradict each other.
+        InputError: options that contradict each other, or a task that the module has no methods for.
     """
+    if task not in get_args(Task):
+        raise InputError(f"task to be one of {', '.join(get_args(Task))}", repr(task))
+    missing = [name for name in DETECTOR_METHODS if not callable(getattr(model, name, None))]
+    if task == "detection" and (missing or transform is not None):
+        problem = "a transform" if transform is not None else f"a {type(model).__name__} without {', '.join(missing)}"
+        raise InputError(
+            "a module with the methods of robplug.vision.protocol.Detector", problem, "wrap the network in one"
+        )
     if backward is not None and transform is None:
         raise InputError("a transform whose gradient is to be replaced", "backward without transform")
     module = model
@@ -221,7 +257,7 @@ def from_module(
             raise InputError('backward to be "identity" or a function', repr(backward))
         substitute = backward if callable(backward) else (lambda x: x)
         module = _Defended(model, transform, substitute)
-    return Target(module, bounds, classes, offers, "classification", stochastic, eot, draws)
+    return Target(module, bounds, classes, offers, task, stochastic, eot, draws)
 
 
 @contextmanager

@@ -184,10 +184,10 @@ class SampleResult:
 
     Attributes:
         sample: index in the data set.
-        y: true label.
+        y: true label; of a task with several answers a sample, 1.
         y_goal: class to be reached, or -1.
-        prediction: class predicted for the clean sample.
-        prediction_adv: class predicted for x_adv, or -1 where there is none.
+        prediction: class predicted for the clean sample; of a task with several answers 1 if it is read right, else 0.
+        prediction_adv: likewise for x_adv, or -1 where there is none.
         status: the verdict.
         distance: distance as measured by the referee in float64 (nan where there is none).
         excess: how far beyond the tolerated radius the sample lies, else 0.
@@ -197,6 +197,7 @@ class SampleResult:
         backwards: likewise backward.
         note: why a sample is invalid or in error.
         measures: what the norm measures beside the distance, by name (nan where the distance is not finite).
+        scores: what the task measures of the answers, by name: ``clean.NAME``, and ``adv.NAME`` where there is x_adv.
     """
 
     sample: int
@@ -213,6 +214,7 @@ class SampleResult:
     backwards: int | None
     note: str
     measures: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Attack(Protocol):

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Watch:
         x: the clean batch.
         norm: measures the distance.
         threat: says what is allowed.
-        labels: (N,) true classes, or goals of a targeted threat.
+        labels: (N,) true classes, or goals of a targeted threat; of other tasks true labels, and nothing is compared.
         deadline: on the monotonic clock.
         beat: called with the number of forward calls so far.
         draws: passes of the real model for each that the attack asks for.
@@ -96,7 +97,7 @@ class Watch:
         """Looks for success, and counts the backward passes that will come through these logits."""
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
-        if x.shape == self.x.shape and self.threat.eps is not None:
+        if self.labels.dim() == 1 and x.shape == self.x.shape and self.threat.eps is not None:
             self._look(x.detach(), logits.detach())
 
     def _count_backward(self, gradient: Tensor) -> None:
@@ -135,6 +136,38 @@ class Shell(nn.Module):
         return logits
 
 
+class DetectorShell(Shell):
+    """What an attack sees of a detector: its methods, each counted as a forward pass."""
+
+    @property
+    def nms_threshold(self) -> float:
+        """That of the detector; what an attack has set is put back afterwards."""
+        return self._target.module.nms_threshold  # type: ignore[return-value]
+
+    @nms_threshold.setter
+    def nms_threshold(self, value: float) -> None:
+        self._target.module.nms_threshold = value  # type: ignore[assignment]
+
+    def proposals(self, x: Tensor) -> Any:
+        """Returns the detector's proposals."""
+        self._watch.before(x)
+        found = self._target.proposals(x)
+        self._watch.after(x, found.logits)
+        return found
+
+    def detections(self, x: Tensor) -> Tensor:
+        """Returns the detector's answers."""
+        self._watch.before(x)
+        return self._target.detections(x)
+
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the detector's losses."""
+        self._watch.before(x)
+        losses = self._target.losses(x, y)
+        self._watch.after(x, losses)
+        return losses
+
+
 @dataclass(frozen=True)
 class Assignment:
     """An attack on one batch.
@@ -145,7 +178,7 @@ class Assignment:
         norm: of the threat.
         threat: with the target's bounds.
         x: clean samples.
-        y: (N,) true labels.
+        y: true labels.
         y_goal: (N,) goals, or None.
         rng: a stream per sample.
         timeout_s: time limit, or None.
@@ -170,7 +203,7 @@ def run_guarded(job: Assignment) -> Outcome:
     labels = job.y if job.y_goal is None else job.y_goal
     watch = Watch(job.x.clone(), job.norm, job.threat, labels.clone(), deadline, job.beat, job.target.eot)
     seen = job.target.for_attack()
-    shell = dataclasses.replace(seen, module=Shell(seen, watch))
+    shell = dataclasses.replace(seen, module=(DetectorShell if seen.task == "detection" else Shell)(seen, watch))
     outcome = Outcome()
     module = job.target.module
     frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -178,6 +211,7 @@ def run_guarded(job: Assignment) -> Outcome:
         for parameter in frozen:
             parameter.requires_grad_(False)
         before, numbers = ModuleState(module, strict=True), global_numbers()
+        threshold = getattr(module, "nms_threshold", None)
         start = time.perf_counter()
         try:
             job.target.reset(job.rng.batch_seed() % (1 << 31))
@@ -185,12 +219,15 @@ def run_guarded(job: Assignment) -> Outcome:
         finally:
             outcome.seconds = time.perf_counter() - start
             outcome.notes += [f"changed {what}" for what in before.restore()]
+            if getattr(module, "nms_threshold", None) != threshold:
+                setattr(module, "nms_threshold", threshold)  # noqa: B010 (nn.Module declares tensors and modules only)
+                outcome.notes.append("changed nms_threshold")
             if global_numbers() != numbers:
                 outcome.notes.append("used or reseeded the global random numbers")
             for parameter in frozen:
                 parameter.requires_grad_(True)
     outcome.forwards, outcome.backwards = watch.forwards, watch.backwards
-    outcome.silent = None if job.target.stochastic else watch.silent
+    outcome.silent = None if job.target.stochastic or job.y.dim() > 1 else watch.silent
     return outcome
 
 

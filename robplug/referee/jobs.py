@@ -22,6 +22,7 @@ from robplug.referee.plan_tables import TargetEntry
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.targets import OFFERS, Target, evaluation_mode
+from robplug.tasks import task_of
 from robplug.types import Attack
 
 
@@ -124,6 +125,12 @@ def _check_distinct(jobs: list[Job], where: str) -> None:
 
 
 def _check_offers(cell: Cell, target: Target, where: str) -> None:
+    if target.task not in cell.spec.tasks:
+        problem = f"{cell.spec.name} serves {', '.join(cell.spec.tasks)}, and {cell.target.name} is for {target.task}"
+        raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack on that task")
+    if cell.threat.targeted and target.task != "classification":
+        problem = f"a targeted threat, and {cell.target.name} is for {target.task}"
+        raise PlanError(f"{where}: {cell.label}", f"{problem}; drop targeted, attacks of that task choose their goals")
     if OFFERS.index(target.offers) < OFFERS.index(cell.spec.needs):
         problem = f"{cell.spec.name} needs {cell.spec.needs}, and {cell.target.name} offers {target.offers}"
         raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack that needs no more")
@@ -150,15 +157,22 @@ def make_model(
         target = make_target(entry, dataset.bounds, registry, where, device, [member.target for member in members])
     if target.bounds != dataset.bounds:
         raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
+    try:
+        labels = dataset.labels(target.task)
+    except InputError as error:
+        raise PlanError(name, str(error)) from None
     sample = dataset.x[:1].to(device=target.device, dtype=target.sample_dtype, copy=True)
     try:
         with torch.no_grad(), evaluation_mode(target.module), seeded_globals(0):
-            classes = target.logits(sample).shape[1]
+            classes = replace(target, classes=None).count_classes(sample)
+            task_of(target).answer(target, sample)
     except Exception as error:  # the user's own code may raise anything
         problem = f"does not take samples of shape {tuple(dataset.x.shape[1:])} of {dataset.name}"
         raise PlanError(name, f"{problem}: {type(error).__name__}: {error}") from error
-    if len(dataset) and int(dataset.y.max()) >= classes:
-        raise PlanError(name, f"has {classes} classes, and {dataset.name} has labels up to {int(dataset.y.max())}")
+    try:
+        task_of(replace(target, classes=classes)).check(labels, dataset.x, f"labels of {dataset.name}")
+    except InputError as error:
+        raise PlanError(name, f"has {classes} classes: {error}") from None
     known = replace(target, classes=classes)
     parts = [source_digest(known.module, entry, where), plugin_digest(entry, registry)]
     parts += [member.source for member in members]

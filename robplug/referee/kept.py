@@ -9,16 +9,14 @@ from torch import Tensor
 
 from robplug.referee.guard import Outcome
 from robplug.referee.store import CellStore
-from robplug.referee.verify import PLAIN, Batch
-from robplug.types import Perturbed, SampleResult
+from robplug.referee.verify import PLAIN, Batch, Verdicts
+from robplug.types import Perturbed
 
 EXAMPLES = 8
 """Images of a cell that are kept for the report."""
 
 
-def keep_samples(
-    keep: str, index: int, batch: Batch, rows: list[SampleResult], outcome: Outcome, store: CellStore
-) -> None:
+def keep_samples(keep: str, index: int, batch: Batch, found: Verdicts, outcome: Outcome, store: CellStore) -> None:
     """Stores adversarial samples of a chunk.
 
     Args:
@@ -26,7 +24,7 @@ def keep_samples(
             the broken ones first; ``"examples"``: those alone; ``"none"``: nothing.
         index: number of the chunk.
         batch: the chunk.
-        rows: its verdicts.
+        found: its verdicts.
         outcome: what the attack returned for ``batch.attacked``.
         store: of the cell.
     """
@@ -36,8 +34,8 @@ def keep_samples(
     fits = isinstance(x_adv, Tensor) and type(x_adv) in PLAIN and x_adv.shape == batch.x[batch.attacked].shape
     place = {batch.ids[i]: k for k, i in enumerate(batch.attacked.nonzero().flatten().tolist())} if fits else {}
     if keep == "all":
-        store.write_adversarials(index, _tensors(batch, outcome, place, list(place)))
-    judged = [row for row in rows if row.status in ("broken", "robust") and row.sample in place]
+        store.write_tensors("adversarials", index, _tensors(batch, outcome, place, list(place)))
+    judged = [row for row in found.rows if row.status in ("broken", "robust") and row.sample in place]
     if index == 0 and judged:
         shown = [row.sample for row in sorted(judged, key=lambda row: row.status != "broken")[:EXAMPLES]]
         tensors = _tensors(batch, outcome, place, shown)

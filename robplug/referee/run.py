@@ -20,10 +20,11 @@ from robplug.referee.plan import Plan, load_plan
 from robplug.referee.records import cell_record, provenance
 from robplug.referee.results import Results
 from robplug.referee.store import Store
-from robplug.referee.verify import Batch, predict, verify
+from robplug.referee.verify import Batch, Verdicts, answers, verify
 from robplug.registry import Registry
 from robplug.rng import Rng
-from robplug.types import SampleResult, ThreatModel
+from robplug.tasks import task_of
+from robplug.types import ThreatModel
 
 STOPPING = "stopping after this chunk is stored; Ctrl-C again stops now"
 
@@ -79,7 +80,7 @@ def run_plan(
     with store.locked(), cpu_threads(settings.threads), deferred_interrupt(STOPPING) as asked:
         store.write_run({**provenance(settings, where), "cells": [job.key for job in jobs]})
         hear.begin(sum(len(job.dataset) for job in jobs))
-        clean = CleanPredictions(settings.batch_size)
+        clean = CleanAnswers(settings.batch_size)
         for number, job in enumerate(jobs):
             for chunk in run_cell(job, number, settings, store, clean):
                 name = " \u2192 ".join(one.cell.target.name for one in (job.source, job) if one is not None)
@@ -89,8 +90,8 @@ def run_plan(
     return Results(store.path)
 
 
-class CleanPredictions:
-    """The classes of clean samples; kept, since every cell of a target and a data set needs the same.
+class CleanAnswers:
+    """The model's answers for clean samples; kept, since every cell of a target and a data set needs the same.
 
     Args:
         batch_size: samples per forward pass.
@@ -101,14 +102,14 @@ class CleanPredictions:
         self._known: dict[tuple[str, str, range, int], Tensor] = {}
 
     def of(self, job: Job, samples: range) -> Tensor:
-        """Returns (N,) classes on the CPU."""
+        """Returns the answers, on the CPU."""
         place = (job.cell.target.name, job.identity.data, samples, job.cell.seed)
         if place not in self._known:
             seed = _judge_seed(job, samples)
             job.target.reset(seed)
             with seeded_globals(seed):
                 x = _samples(job, samples)
-                self._known[place] = predict(job.target, x, self._batch_size).cpu()
+                self._known[place] = answers(task_of(job.target), job.target, x, self._batch_size).cpu()
         return self._known[place]
 
 
@@ -118,7 +119,7 @@ class _Chunk:
     done_before: bool
 
 
-def run_cell(job: Job, number: int, plan: Plan, run: Store, clean: CleanPredictions) -> Iterator[_Chunk]:
+def run_cell(job: Job, number: int, plan: Plan, run: Store, clean: CleanAnswers) -> Iterator[_Chunk]:
     """Runs the chunks of a cell that are not finished; yields each chunk."""
     store = run.cell(job.key)
     finished = store.finished()
@@ -138,23 +139,25 @@ def run_cell(job: Job, number: int, plan: Plan, run: Store, clean: CleanPredicti
         yield _Chunk(len(samples), index in finished)
 
 
-def _run_chunk(job: Job, index: int, samples: range, prediction: Tensor, plan: Plan, run: Store) -> dict[str, Any]:
+def _run_chunk(job: Job, index: int, samples: range, answer: Tensor, plan: Plan, run: Store) -> dict[str, Any]:
     """Attacks one chunk, or takes what was found on the source; judges and stores it; returns its record."""
     target, store = job.target, run.cell(job.key)
-    batch = _batch(job, samples, prediction)
+    batch = _batch(job, samples, answer)
     threat = replace(job.cell.threat, bounds=target.bounds)
     heartbeat = Heartbeat(store.heartbeat_path(index))
     if not heartbeat.begin():
         outcome = Outcome(error="killed twice at the same point (out of memory, or a crash in native code?)")
     elif job.source is not None:
-        batch, outcome = found_elsewhere(batch, run.cell(job.source.key).adversarials(index))
+        batch, outcome = found_elsewhere(
+            batch, run.cell(job.source.key).tensors("adversarials", index, ("sample", "x_adv"))
+        )
     else:
         outcome = _attack(job, batch, threat, heartbeat)
-    rows = _judge(job, batch, threat, outcome, plan.batch_size)
-    store.write_rows(index, rows)
+    found = _judge(job, batch, threat, outcome, plan.batch_size)
+    store.write_rows(index, found.rows)
     if outcome.trace:
         store.write_text(f"traceback-{index:05d}.txt", outcome.trace)
-    keep_samples(job.keep, index, batch, rows, outcome, store)
+    keep_samples(job.keep, index, batch, found, outcome, store)
     return {
         "index": index,
         "samples": len(samples),
@@ -165,7 +168,7 @@ def _run_chunk(job: Job, index: int, samples: range, prediction: Tensor, plan: P
     }
 
 
-def _judge(job: Job, batch: Batch, threat: ThreatModel, outcome: Outcome, batch_size: int) -> list[SampleResult]:
+def _judge(job: Job, batch: Batch, threat: ThreatModel, outcome: Outcome, batch_size: int) -> Verdicts:
     """Judges a chunk; what cannot be judged (a witness that is none, no memory) becomes rows with status error."""
     seed = _judge_seed(job, batch.ids)
     job.target.reset(seed)
@@ -189,12 +192,12 @@ def _samples(job: Job, samples: Sequence[int]) -> Tensor:
     return x.to(device=job.target.device, dtype=job.target.sample_dtype, copy=True)
 
 
-def _batch(job: Job, samples: range, prediction: Tensor) -> Batch:
+def _batch(job: Job, samples: range, answer: Tensor) -> Batch:
     device = job.target.device
     x = _samples(job, samples)
-    y = job.dataset.y[samples.start : samples.stop].to(device)
+    y = job.dataset.labels(job.target.task)[samples.start : samples.stop].to(device)
     goal = goals(job, list(samples), x, y) if job.cell.threat.targeted else None
-    return Batch(list(samples), x, y, goal, prediction.to(device))
+    return Batch(list(samples), x, y, goal, answer.to(device), task_of(job.target))
 
 
 def _attack(job: Job, batch: Batch, threat: ThreatModel, heartbeat: Heartbeat) -> Outcome:

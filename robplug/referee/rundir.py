@@ -112,6 +112,11 @@ class StoredCell:
         """What the norm measured beside the distance, a row a sample."""
         return [dict(pairs) for pairs in self.table["measures"].to_pylist()]
 
+    @cached_property
+    def scores(self) -> list[dict[str, float]]:
+        """What the task measures of the answers, a row a sample."""
+        return [dict(pairs) for pairs in self.table["scores"].to_pylist()]
+
     def column(self, name: str) -> np.ndarray[Any, Any]:
         """Returns a column without nulls."""
         return self.table[name].to_numpy()  # type: ignore[no-any-return]
@@ -201,7 +206,12 @@ def _load_cell(folder: Path) -> StoredCell:
 
 def _read_rows(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path, partitioning=None).select(SCHEMA.names).cast(SCHEMA)
+        table = pq.read_table(path, partitioning=None)
+        if "scores" not in table.column_names:  # written before there were tasks with scores
+            table = table.append_column(
+                SCHEMA.field("scores"), pa.array([[]] * len(table), SCHEMA.field("scores").type)
+            )
+        return table.select(SCHEMA.names).cast(SCHEMA)
     except (OSError, KeyError, pa.ArrowException) as error:
         problem = f"is missing or damaged ({str(error).splitlines()[0]})"
         raise StoreError(path, f"{problem}; remove {path.parent} to run this cell again") from None

@@ -6,6 +6,7 @@
     out/cells/<key>/started-00000            left by a chunk that has begun; holds the number of its starts
     out/cells/<key>/examples.safetensors     some images, for the report
     out/cells/<key>/adversarials-00000.safetensors   all adversarial samples of a chunk, where they are kept
+    out/cells/<key>/answers-00000.safetensors        boxes and answers of a chunk, where the task needs them together
 
 Every file is written under a temporary name, synced and renamed, so that a reader sees the old content or the new.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ SCHEMA = pa.schema(
         ("backwards", pa.int64()),
         ("note", pa.string()),
         ("measures", pa.map_(pa.string(), pa.float64())),
+        ("scores", pa.map_(pa.string(), pa.float64())),
     ]
 )
 
@@ -130,7 +132,8 @@ class CellStore:
 
     def write_rows(self, chunk: int, rows: list[SampleResult]) -> None:
         """Writes the rows of a chunk."""
-        columns = [{**vars(row), "measures": list(row.measures.items())} for row in rows]
+        maps = ("measures", "scores")
+        columns = [{**vars(row), **{name: list(vars(row)[name].items()) for name in maps}} for row in rows]
         table = pa.Table.from_pylist(columns, schema=SCHEMA)
         write_atomically(self._file("samples", chunk, ".parquet"), lambda path: pq.write_table(table, path))
 
@@ -148,29 +151,29 @@ class CellStore:
         """Returns whether the adversarial samples of a chunk are stored."""
         return self._file("adversarials", chunk, ".safetensors").exists()
 
-    def write_adversarials(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the adversarial samples of a chunk."""
+    def write_tensors(self, kind: str, chunk: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors of a chunk: its ``adversarials`` or ``answers``."""
         from safetensors.torch import save
 
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        write_atomically(self._file("adversarials", chunk, ".safetensors"), lambda path: path.write_bytes(content))
+        write_atomically(self._file(kind, chunk, ".safetensors"), lambda path: path.write_bytes(content))
 
-    def adversarials(self, chunk: int) -> dict[str, Tensor]:
-        """Returns the adversarial samples of a chunk.
+    def tensors(self, kind: str, chunk: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Returns what `write_tensors` has stored.
 
         Raises:
-            StoreError: they are missing or damaged.
+            StoreError: they are missing or damaged, or one of these names is not among them.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        path = self._file("adversarials", chunk, ".safetensors")
+        path = self._file(kind, chunk, ".safetensors")
         with explained(path):
             try:
                 tensors = load(path.read_bytes())
             except SafetensorError as error:
                 raise StoreError(path, f"is damaged ({error}); remove {self.path} to run this cell again") from None
-        for name in ("sample", "x_adv"):
+        for name in names:
             if name not in tensors:
                 raise StoreError(path, f"is damaged (no {name}); remove {self.path} to run this cell again")
         return tensors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor, nn
 from robplug.norms import Measuring, Norm
 from robplug.referee.guard import Outcome
 from robplug.targets import Target, evaluation_mode
+from robplug.tasks import Classification, Task, together
 from robplug.types import SampleResult, Status, ThreatModel
 
 PLAIN = (Tensor, nn.Parameter)
 """What an attack may return: a subclass could answer the referee's own arithmetic as it likes."""
 BOX_TOLERANCE = 2.0**-23
 """One unit in the last place of float32 at the larger bound: what scaling to other bounds and back may add."""
+NOTHING = "has no labelled foreground, so there is nothing to attack"
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,10 @@ class Batch:
     Attributes:
         ids: indices in the data set.
         x: clean samples.
-        y: (N,) true labels.
+        y: true labels; their form depends on the task.
         y_goal: (N,) goals, or None.
-        prediction: (N,) the model's classes for x.
+        answer: the model's answers for x.
+        task: how answers are judged.
         made: (N,) bool, where the adversarial samples were made elsewhere: those that there are.
     """
 
@@ -36,14 +41,20 @@ class Batch:
     x: Tensor
     y: Tensor
     y_goal: Tensor | None
-    prediction: Tensor
+    answer: Tensor
+    task: Task = field(default_factory=Classification)
     made: Tensor | None = None
 
-    @property
+    @cached_property
+    def prediction(self) -> Tensor:
+        """(N,) the codes of the clean answers, such as the classes."""
+        return self.task.code(self.answer, self.y)
+
+    @cached_property
     def attacked(self) -> Tensor:
-        """(N,) bool: the samples worth attacking, which are those classified correctly."""
-        right = self.prediction == self.y
-        return right if self.made is None else right & self.made
+        """(N,) bool: the samples worth attacking, such as those classified correctly."""
+        worth = self.task.attackable(self.prediction, self.y)
+        return worth if self.made is None else worth & self.made
 
 
 @dataclass(frozen=True)
@@ -54,19 +65,34 @@ class _Judged:
     distance: Tensor
     fault: list[str]
     measures: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    answer: Tensor | None = None
 
 
-def predict(target: Target, x: Tensor, batch_size: int) -> Tensor:
-    """Returns the classes of x in eval mode, batch by batch."""
+@dataclass(frozen=True)
+class Verdicts:
+    """What `verify` found.
+
+    Attributes:
+        rows: a row a sample.
+        answer: of the attacked samples the model's answers for x_adv, or None where none could be asked for.
+    """
+
+    rows: list[SampleResult]
+    answer: Tensor | None = None
+
+
+def answers(task: Task, target: Target, x: Tensor, batch_size: int) -> Tensor:
+    """Returns the model's answers for x in eval mode, batch by batch."""
     with evaluation_mode(target.module):
-        parts = [target.predict(part) for part in x.split(batch_size)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=x.device)
+        parts = [task.answer(target, part) for part in x.split(batch_size)]
+    return together(parts) if parts else task.answer(target, x)
 
 
 def verify(
     target: Target, norm: Norm, threat: ThreatModel, batch: Batch, outcome: Outcome, batch_size: int
-) -> list[SampleResult]:
-    """Returns a row for each sample of a chunk.
+) -> Verdicts:
+    """Judges each sample of a chunk.
 
     Args:
         target: the real model, not the shell that the attack saw.
@@ -78,25 +104,35 @@ def verify(
     """
     attacked = batch.attacked
     x = batch.x[attacked]
-    judged = None if outcome.error or not len(x) else _judge(target, norm, threat, x, outcome, batch_size)
+    judged = None if outcome.error or not len(x) else _judge(target, norm, threat, batch, outcome, batch_size)
     place = (attacked.cumsum(0) - 1).tolist()
+    wanted = batch.task.wanted(batch.y)
+    clean = _by_row("clean", batch.task.scores(batch.answer, batch.y), len(batch.ids))
     rows = []
     for i, sample in enumerate(batch.ids):
         goal = -1 if batch.y_goal is None else int(batch.y_goal[i])
-        base = {"sample": sample, "y": int(batch.y[i]), "y_goal": goal, "prediction": int(batch.prediction[i])}
-        if base["prediction"] != base["y"]:
-            rows.append(_row(base, "misclassified"))
-        elif not bool(attacked[i]):
-            rows.append(_row(base, "unattacked"))
-        elif judged is None:
-            rows.append(_row(base, "error", note=outcome.error))
+        base = {"sample": sample, "y": int(wanted[i]), "y_goal": goal, "prediction": int(batch.prediction[i])}
+        if bool(attacked[i]) and judged is not None:
+            row = _verdict(base, place[i], judged, norm, threat, x, outcome)
+        elif bool(attacked[i]):
+            row = _row(base, "error", note=outcome.error)
         else:
-            rows.append(_verdict(base, place[i], judged, norm, threat, x, outcome))
-    return rows
+            row = _row(base, "unattacked", note=NOTHING if batch.made is None else "")
+        if base["prediction"] != base["y"] and row.status not in ("invalid", "error"):
+            row = replace(row, status="misclassified", note="")
+        rows.append(replace(row, scores={**clean[i], **row.scores}))
+    return Verdicts(rows, None if judged is None else judged.answer)
 
 
-def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: Outcome, batch_size: int) -> _Judged:
-    """Measures prediction and distance of every sample that can be measured, and says why of the others."""
+def _by_row(prefix: str, scores: dict[str, Tensor], count: int) -> list[dict[str, float]]:
+    """Returns a dict a row of those scores that are numbers."""
+    columns = {f"{prefix}.{name}": values.tolist() for name, values in scores.items()}
+    return [{name: row[i] for name, row in columns.items() if not math.isnan(row[i])} for i in range(count)]
+
+
+def _judge(target: Target, norm: Norm, threat: ThreatModel, batch: Batch, outcome: Outcome, batch_size: int) -> _Judged:
+    """Measures answer and distance of every sample that can be measured, and says why of the others."""
+    x, y = batch.x[batch.attacked], batch.y[batch.attacked]
     count = len(x)
     prediction = torch.full((count,), -1, dtype=torch.int64)
     distance = torch.full((count,), float("nan"), dtype=torch.float64)
@@ -107,23 +143,26 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, x: Tensor, outcome: 
     assert outcome.perturbed is not None and isinstance(x_adv, Tensor)  # _fault_of_batch has looked
     x_adv = x_adv.detach().to(x.device)
     faults = _faults(x_adv, threat.bounds)
-    measures = {}
     finite = x_adv.flatten(1).isfinite().all(1)
-    if bool(finite.any()):
-        witness = outcome.perturbed.witness if type(outcome.perturbed.witness) in PLAIN else None
-        # every row is classified, so that a stochastic model's draws for one do not depend on the others
-        whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv, x)
-        prediction = torch.where(finite, predict(target, whole, batch_size), -1).cpu()
-        found = None if witness is None else witness.detach().to(x.device)[finite]
-        distance[finite.cpu()] = norm.distance(x[finite], x_adv[finite], found).cpu()
-        if isinstance(norm, Measuring):
-            for name, values in norm.measures(x[finite], x_adv[finite], found).items():
-                measures[name] = torch.full_like(distance, float("nan"))
-                measures[name][finite.cpu()] = values.double().cpu()
-                measures[name][~distance.isfinite()] = float("nan")  # the witness was not believed
-        for row in ((prediction < 0) & finite.cpu()).nonzero().flatten().tolist():
-            faults[row] = faults[row] or "makes the model give no number"
-    return _Judged(prediction, distance, faults, measures)
+    if not bool(finite.any()):
+        return _Judged(prediction, distance, faults)
+    # every row is asked for, so that a stochastic model's draws for one do not depend on the others
+    whole = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv, x)
+    answer = answers(batch.task, target, whole, batch_size)
+    prediction = torch.where(finite, batch.task.code(answer, y), -1).cpu()
+    scores = {name: values.cpu() for name, values in batch.task.scores(answer, y).items()}
+    witness = outcome.perturbed.witness if type(outcome.perturbed.witness) in PLAIN else None
+    found = None if witness is None else witness.detach().to(x.device)[finite]
+    distance[finite.cpu()] = norm.distance(x[finite], x_adv[finite], found).cpu()
+    measures = {}
+    if isinstance(norm, Measuring):
+        for name, values in norm.measures(x[finite], x_adv[finite], found).items():
+            measures[name] = torch.full_like(distance, float("nan"))
+            measures[name][finite.cpu()] = values.double().cpu()
+            measures[name][~distance.isfinite()] = float("nan")  # the witness was not believed
+    for row in ((prediction < 0) & finite.cpu()).nonzero().flatten().tolist():
+        faults[row] = faults[row] or "makes the model give no number"
+    return _Judged(prediction, distance, faults, measures, scores, answer)
 
 
 def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
@@ -183,6 +222,9 @@ def _verdict(
         backwards=outcome.backwards if alone else None,
         note=fault,
         measures={name: float(values[i]) for name, values in judged.measures.items()},
+        scores={}
+        if fault
+        else _by_row("adv", {name: values[i : i + 1] for name, values in judged.scores.items()}, 1)[0],
     )
 
 

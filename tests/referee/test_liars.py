@@ -76,7 +76,7 @@ def judge(case: Case, run: Any, **options: Any) -> tuple[list[SampleResult], Out
     outcome = run_guarded(Assignment(Attack(), case.target, LINF, threat, x, y, None, Rng(0, ids), **options))
     assert before.restore() == [], "the guard left the model changed"
     assert global_numbers() == numbers, "the guard left the random numbers changed"
-    rows = verify(case.target, LINF, threat, batch, outcome, batch_size=5)
+    rows = verify(case.target, LINF, threat, batch, outcome, batch_size=5).rows
     assert [row.sample for row in rows] == batch.ids
     assert rows[3].status == "misclassified"
     return [row for row in rows if row.status != "misclassified"], outcome

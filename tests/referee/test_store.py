@@ -36,7 +36,9 @@ ROW = SampleResult(
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     store = CellStore(tmp_path)
     store.write_rows(0, [ROW])
-    assert pq.read_table(tmp_path / "samples-00000.parquet").to_pylist() == [{**vars(ROW), "measures": []}]
+    assert pq.read_table(tmp_path / "samples-00000.parquet").to_pylist() == [
+        {**vars(ROW), "measures": [], "scores": []}
+    ]
 
 
 def test_a_write_that_breaks_midway_leaves_the_old_file_whole(tmp_path: Path) -> None:

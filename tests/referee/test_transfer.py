@@ -27,7 +27,7 @@ from robplug.referee.outlook import outlook
 from robplug.referee.results import Results
 from robplug.referee.store import Store
 from robplug.referee.sweeps import sweeps
-from robplug.referee.verify import Batch
+from robplug.referee.verify import Batch, Verdicts
 from robplug.types import Perturbed
 
 PLAN: dict[str, Any] = {
@@ -272,9 +272,9 @@ def test_witnesses_and_single_samples_come_back(tmp_path: Path) -> None:
     prediction = torch.tensor([0, 9, 2, 0, 1])
     batch = Batch([20, 21, 22, 23, 24], x, y, None, prediction)
     x_adv, witness = torch.rand(4, 1, 3, 3), torch.rand(4, 2, 3, 3)
-    keep_samples("all", 3, batch, [], Outcome(perturbed=Perturbed(x_adv, witness)), store)
+    keep_samples("all", 3, batch, Verdicts([]), Outcome(perturbed=Perturbed(x_adv, witness)), store)
     judge = Batch([20, 21, 22, 23, 24], x, y, None, torch.tensor([0, 1, 9, 0, 1]))
-    seen, outcome = found_elsewhere(judge, store.adversarials(3))
+    seen, outcome = found_elsewhere(judge, store.tensors("adversarials", 3, ("sample", "x_adv")))
     assert seen.attacked.tolist() == [True, False, False, True, True]
     assert outcome.perturbed is not None
     assert torch.equal(outcome.perturbed.x_adv, x_adv[[0, 2, 3]])

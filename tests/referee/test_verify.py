@@ -29,7 +29,7 @@ def rows_of(x: torch.Tensor, x_adv: torch.Tensor, threat: ThreatModel, y: list[i
     norm = {"linf": LINF, "l2": L2}[threat.norm]
     goals = None if goal is None else torch.tensor(goal)
     batch = Batch(list(range(len(x))), x, torch.tensor(y), goals, target.predict(x))
-    return verify(target, norm, threat, batch, Outcome(Perturbed(x_adv[batch.attacked])), batch_size=2)
+    return verify(target, norm, threat, batch, Outcome(Perturbed(x_adv[batch.attacked])), batch_size=2).rows
 
 
 def flat(values: list[float]) -> torch.Tensor:
@@ -100,7 +100,7 @@ def measured(shown: list[float], x_adv: torch.Tensor) -> list[SampleResult]:
     target, norm = robplug.target(Sign(), bounds=(-1, 1)), Shown()
     batch = Batch(list(range(5)), x, torch.ones(5, dtype=torch.int64), None, target.predict(x))
     perturbed = Perturbed(x_adv[batch.attacked], torch.tensor(shown).view(-1, 1)[batch.attacked])
-    rows = verify(target, norm, ThreatModel("shown", 0.5, (-1, 1)), batch, Outcome(perturbed), batch_size=2)
+    rows = verify(target, norm, ThreatModel("shown", 0.5, (-1, 1)), batch, Outcome(perturbed), batch_size=2).rows
     assert norm.asked == 1
     return rows
 

@@ -10,6 +10,7 @@ from robplug.types import AttackSpec, DatasetSpec, DefenseSpec, NormSpec, Target
 def robplug_attacks() -> list[AttackSpec]:
     """The baselines."""
     pixel = ("linf", "l2", "l1")
+    every = ("classification", "segmentation", "detection")
     return [
         AttackSpec(
             name="robplug/fgsm",
@@ -17,6 +18,7 @@ def robplug_attacks() -> list[AttackSpec]:
             summary="one steepest step of length eps",
             source="Goodfellow et al. 2015, section 4",
             norms=pixel,
+            tasks=every,
             canonical="fgsm",
         ),
         AttackSpec(
@@ -34,6 +36,7 @@ def robplug_attacks() -> list[AttackSpec]:
                 "draws": 1,
             },
             norms=pixel,
+            tasks=every,
             stochastic=True,
             canonical="pgd",
         ),
@@ -43,6 +46,7 @@ def robplug_attacks() -> list[AttackSpec]:
             summary="random points of the ball",
             params={"draws": 10},
             norms=(*pixel, "l0"),
+            tasks=every,
             needs="labels",
             stochastic=True,
         ),

@@ -152,7 +152,7 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
     dataset = make_dataset(plan.dataset, registry(), where)
     entry = TargetEntry(name=plan.model, params=plan.params, weights=plan.weights)
     with seeded_globals(sub_seed(plan.seed, "model")):
-        model = make_target(entry, dataset.bounds, registry(), where, "cpu").module
+        model = make_target(entry, dataset, registry(), where, "cpu").module
     try:
         defenses = [registry().defense(entry.name, **entry.params) for entry in plan.defenses]
     except RobplugError as error:

@@ -19,6 +19,7 @@ from robplug.referee.cells import Cell, Identity, cell_key, expand
 from robplug.referee.load import Model, identify, make_dataset, make_target, plugin_digest, source_digest, state_digest
 from robplug.referee.plan import Plan
 from robplug.referee.plan_tables import TargetEntry
+from robplug.referee.precision import check_installed
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.targets import OFFERS, Target, evaluation_mode
@@ -154,9 +155,11 @@ def make_model(
     """
     name = f"{where}: target {entry.name}"
     with seeded_globals(0):  # weights that are drawn are the same ones each time
-        target = make_target(entry, dataset.bounds, registry, where, device, [member.target for member in members])
+        target = make_target(entry, dataset, registry, where, device, [member.target for member in members])
     if target.bounds != dataset.bounds:
         raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
+    if target.task == "detection":
+        check_installed(name)
     try:
         labels = dataset.labels(target.task)
     except InputError as error:

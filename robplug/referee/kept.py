@@ -10,6 +10,7 @@ from torch import Tensor
 from robplug.referee.guard import Outcome
 from robplug.referee.store import CellStore
 from robplug.referee.verify import PLAIN, Batch, Verdicts
+from robplug.tasks import Detection, together
 from robplug.types import Perturbed
 
 EXAMPLES = 8
@@ -44,6 +45,23 @@ def keep_samples(keep: str, index: int, batch: Batch, found: Verdicts, outcome: 
             "examples.safetensors",
             {"sample": tensors["sample"].numpy(), **{name: image.cpu().numpy() for name, image in images.items()}},
         )
+
+
+def keep_answers(index: int, batch: Batch, found: Verdicts, store: CellStore) -> None:
+    """Stores the answers of a chunk where a figure of the cell needs all of them together, as a detector's precision.
+
+    Those of samples that were not attacked are the clean ones.
+    """
+    if not isinstance(batch.task, Detection):
+        return
+    adv = batch.answer
+    if found.answer is not None:
+        whole = together([batch.answer, found.answer])
+        clean, attacked = whole[: len(batch.answer)], whole[len(batch.answer) :]
+        adv = clean.clone()
+        adv[batch.attacked] = attacked
+    tensors = {"sample": torch.tensor(batch.ids, dtype=torch.int64), "clean": batch.answer, "adv": adv}
+    store.write_tensors("answers", index, tensors)
 
 
 def _tensors(batch: Batch, outcome: Outcome, place: dict[int, int], samples: list[int]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from robplug.referee.cells import Cell, Identity
 from robplug.referee.plan_tables import DatasetEntry, TargetEntry
 from robplug.registry import Registry
 from robplug.targets import Target
+from robplug.types import TargetSpec
 
 HOST = "robplug"
 LIBRARIES = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox", "torchattacks": "torchattacks"}
@@ -65,7 +66,7 @@ def make_dataset(entry: DatasetEntry, registry: Registry, where: str) -> Dataset
 
 def make_target(
     entry: TargetEntry,
-    bounds: tuple[float, float],
+    dataset: Dataset,
     registry: Registry,
     where: str,
     device: str,
@@ -75,7 +76,7 @@ def make_target(
 
     Args:
         entry: the plan's entry.
-        bounds: of the data.
+        dataset: whose bounds and task are the model's where the entry names none.
         registry: the installed plugins.
         where: path of the plan.
         device: where it is to be.
@@ -100,12 +101,22 @@ def make_target(
         if not isinstance(made, nn.Module) and (entry.bounds or entry.stochastic):
             expected = "bounds, stochastic, eot and draws only for an nn.Module"
             raise InputError(expected, f"a {type(made).__name__}", "it brings its own")
-        options: dict[str, Any] = {"bounds": entry.bounds or bounds} if isinstance(made, nn.Module) else {}
+        task = _task(entry, registry) or dataset.task
+        options: dict[str, Any] = {"bounds": entry.bounds or dataset.bounds} if isinstance(made, nn.Module) else {}
+        if isinstance(made, nn.Module) and task != "classification":
+            options["task"] = task
         if entry.stochastic:
             options.update(stochastic=True, eot=entry.eot, draws=entry.draws)
         return registry.target(made, **options)
     except RobplugError as error:
         raise PlanError(f"{where}: target {entry.name}", str(error)) from error
+
+
+def _task(entry: TargetEntry, registry: Registry) -> str | None:
+    """Returns the task that the entry or the Spec of its name says, or None for a model of the user's own."""
+    make = entry.make or entry.name
+    named = None if ":" in make else registry.spec("target", make)
+    return entry.task or (named.task if isinstance(named, TargetSpec) else None)
 
 
 def _make(entry: TargetEntry, registry: Registry, folder: Path, members: Sequence[Target]) -> Any:

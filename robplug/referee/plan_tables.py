@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from robplug.types import Task
+
 LEAVE_ONE_OUT = "leave-one-out"
 SHORTEST = "minimal"
 """An eps that asks for the smallest distance instead of giving a radius."""
@@ -62,6 +64,7 @@ class TargetEntry(Entry):
         params: arguments of ``make``, if it is a function.
         weights: a .safetensors file, or one that torch loads with ``weights_only=True``.
         bounds: smallest and largest value of a sample; without, those of the data set.
+        task: what it does; without, what ``robplug list targets`` says of it, or what the data set is labelled for.
         stochastic: whether two calls may differ.
         eot: draws averaged for an attack.
         draws: draws averaged for a verdict.
@@ -73,6 +76,7 @@ class TargetEntry(Entry):
     params: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
     bounds: tuple[float, float] | None = None
+    task: Task | None = None
     stochastic: bool = False
     eot: Annotated[int, Field(ge=1)] = 1
     draws: Annotated[int, Field(ge=1)] = 1

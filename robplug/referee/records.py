@@ -75,6 +75,7 @@ def cell_record(job: Job, number: int, store: CellStore) -> dict[str, Any]:
         "samples": len(job.dataset),
         "state": old["state"] if old is not None else "unfinished",
         "chunks": old["chunks"] if old is not None else [],
+        **({"quality": old["quality"]} if old is not None and "quality" in old else {}),
     }
 
 

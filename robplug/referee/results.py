@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from robplug.referee.entries import list_attacks
+from robplug.referee.quality import Quality
 from robplug.referee.rundir import Run, load_run
 from robplug.referee.store import write_atomically, write_json
 from robplug.referee.summary import Summary, cells_of, summarise
@@ -109,15 +111,16 @@ class Results:
                 "targeted": threat["targeted"],
                 "seed": record["seed"],
             }
-            for row, measures in zip(cell.table.to_pylist(), cell.measures, strict=True):
-                yield {**which, **row, "measures": measures}
+            for row, measures, scores in zip(cell.table.to_pylist(), cell.measures, cell.scores, strict=True):
+                yield {**which, **row, "measures": measures, "scores": scores}
 
 
 def _sample_rows(rows: Iterator[dict[str, Any]], summary: Summary) -> Iterator[dict[str, Any]]:
     names = _measure_names(summary)
     for row in rows:
-        measures = row.pop("measures")
-        yield {**row, **_columns("measures", measures, names)}
+        measures, scores = row.pop("measures"), row.pop("scores")
+        dense = {"scores": json.dumps(scores)} if summary.dense else {}  # classes differ from sample to sample
+        yield {**row, **_columns("measures", measures, names), **dense}
 
 
 def _measure_names(summary: Summary) -> list[str]:
@@ -151,8 +154,16 @@ def _summary_rows(summary: Summary) -> Iterator[dict[str, Any]]:
             "claim": cell.claim.rate.value,
             "median_distance": cell.median_distance,
             **_columns("median_measures", cell.median_measures, names),
+            **_quality(cell.quality, summary),
             **dataclasses.asdict(cell.cost),
         }
+
+
+def _quality(quality: Quality, summary: Summary) -> dict[str, float | None]:
+    """Spreads figures over columns, before and after."""
+    names = list(dict.fromkeys(name for cell in summary.cells for name in cell.quality))
+    values = {name: quality.get(name, (None, None)) for name in names}
+    return {f"{name}, {when}": values[name][i] for name in names for i, when in enumerate(("before", "after"))}
 
 
 _COUNTS = (
@@ -212,6 +223,7 @@ def _transfer_rows(summary: Summary) -> Iterator[dict[str, Any]]:
                 "broken": entry.broken,
                 "unresolved": entry.unresolved,
                 **_rate("success", entry.success),
+                **_quality(entry.quality, summary),
             }
 
 

@@ -15,8 +15,9 @@ from robplug.isolation import cpu_threads, seeded_globals
 from robplug.referee.guard import Assignment, Outcome, run_guarded
 from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job, goals, prepare
-from robplug.referee.kept import found_elsewhere, keep_samples
+from robplug.referee.kept import found_elsewhere, keep_answers, keep_samples
 from robplug.referee.plan import Plan, load_plan
+from robplug.referee.precision import precision
 from robplug.referee.records import cell_record, provenance
 from robplug.referee.results import Results
 from robplug.referee.store import Store
@@ -128,14 +129,18 @@ def run_cell(job: Job, number: int, plan: Plan, run: Store, clean: CleanAnswers)
         finished = set()
     record = cell_record(job, number, store)
     store.write_record(record)
-    for index, samples in enumerate(job.chunks(plan.chunk)):
+    chunks = job.chunks(plan.chunk)
+    for index, samples in enumerate(chunks):
         if index not in finished:
             done = _run_chunk(job, index, samples, clean.of(job, samples), plan, run)
             record["chunks"] = [*record["chunks"], done]
-            if len(record["chunks"]) == len(job.chunks(plan.chunk)):
-                record["state"] = "finished"
             store.write_record(record)
             Heartbeat(store.heartbeat_path(index)).end()
+        if len(record["chunks"]) == len(chunks) and record["state"] != "finished":
+            if job.target.task == "detection":
+                record["quality"] = precision(store.path, job.dataset.labels("detection"))
+            record["state"] = "finished"
+            store.write_record(record)
         yield _Chunk(len(samples), index in finished)
 
 
@@ -157,6 +162,7 @@ def _run_chunk(job: Job, index: int, samples: range, answer: Tensor, plan: Plan,
     store.write_rows(index, found.rows)
     if outcome.trace:
         store.write_text(f"traceback-{index:05d}.txt", outcome.trace)
+    keep_answers(index, batch, found, store)
     keep_samples(job.keep, index, batch, found, outcome, store)
     return {
         "index": index,

@@ -178,7 +178,7 @@ def load_run(path: str | Path) -> Run:
     there = {folder.name: folder for folder in (root / "cells").glob("*") if (folder / "cell.json").is_file()}
     # cells of an older plan stay on disk for reuse; run.json names those of the present one
     planned = [_folder_name(root, key) for key in record["cells"]] if "cells" in record else sorted(there)
-    cells = [_load_cell(there[name]) for name in planned if name in there]
+    cells = [load_cell(there[name]) for name in planned if name in there]
     return Run(
         root,
         record,
@@ -194,7 +194,8 @@ def _folder_name(root: Path, key: Any) -> str:
     return key[:16]
 
 
-def _load_cell(folder: Path) -> StoredCell:
+def load_cell(folder: Path) -> StoredCell:
+    """Reads one cell."""
     record = _read_json(folder / "cell.json", f"remove {folder} to run this cell again")
     parts = [_read_rows(folder / f"samples-{int(chunk['index']):05d}.parquet") for chunk in record["chunks"]]
     table = pa.concat_tables(parts).sort_by("sample") if parts else SCHEMA.empty_table()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from robplug.referee.entries import Attack, Subject, list_attacks, list_subjects
+from robplug.referee.quality import Quality, quality
 from robplug.referee.rundir import Reading, Run, StoredCell, load_run
 from robplug.referee.transfer import Entry, Matrix, matrices
 from robplug.referee.wilson import Rate, wilson
@@ -85,6 +86,7 @@ class CellSummary:
         claim: the library's own view of that success.
         median_distance: over the broken samples, None if there is none.
         median_measures: likewise of what the norm measures beside the distance, by name.
+        quality: of a task with many answers a sample, figures over all samples before and after, by name.
         cost: of the cell.
         notes: what the referee noted, with the number of times, most frequent first.
     """
@@ -110,6 +112,7 @@ class CellSummary:
     claim: Claim
     median_distance: float | None
     median_measures: dict[str, float | None]
+    quality: Quality
     cost: Cost
     notes: tuple[tuple[str, int], ...]
 
@@ -144,6 +147,11 @@ class Summary:
     worst_cases: tuple[WorstCase, ...]
     incomplete: int
     matrices: tuple[Matrix, ...]
+
+    @property
+    def dense(self) -> bool:
+        """Whether any task of the run has many answers a sample."""
+        return any(cell.quality for cell in self.cells)
 
     def attack(self, number: int) -> Attack:
         """Returns the attack of a number."""
@@ -207,6 +215,7 @@ def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> Cell
         claim=_claim(cell, attacked),
         median_distance=float(np.median(cell.distance[broken])) if within else None,
         median_measures=_medians(cell.measures, broken),
+        quality=quality(cell, reading),
         cost=_cost(cell),
         notes=_notes(cell),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from robplug.referee.quality import Quality, quality
 from robplug.referee.rundir import Reading, Run, StoredCell, printable
 from robplug.referee.wilson import Rate, wilson
 
@@ -28,6 +29,7 @@ class Entry:
         broken: those of them that are broken within the radius.
         unresolved: those without a valid answer, or without a row so far.
         success: broken / counted.
+        quality: of a task with many answers a sample, figures over all samples before and after, by name.
     """
 
     attack: int
@@ -38,6 +40,7 @@ class Entry:
     broken: int
     unresolved: int
     success: Rate
+    quality: Quality = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,4 +176,5 @@ def _entry(cell: StoredCell, attack: int, reading: Reading, counts: Array, white
         broken=hit,
         unresolved=int((~answered & counts).sum()),
         success=wilson(hit, counted),
+        quality=quality(cell, reading),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,23 @@ def expand(
                             replace(made, index=made.index + 1 + place, target=victim, source=made)
                             for place, victim in enumerate(victims)
                         ]
+    _check_adaptive(plan, cells, where)
     return cells
+
+
+def _check_adaptive(plan: Plan, cells: Sequence[Cell], where: str) -> None:
+    known = {name: None for cell in cells for name in names_of(cell.spec.name, cell.label)}
+    for entry in plan.targets:
+        for name in entry.adaptive:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+                raise PlanError(f"{where}: targets.{entry.name}.adaptive", f"{name!r} is no attack of the plan; {hint}")
+
+
+def names_of(attack: str, label: str) -> tuple[str, str, str]:
+    """Returns the names by which a plan may call an attack: the Spec's, its label, and its canonical one."""
+    return attack, label, label.partition(" \u00b7 ")[0]
 
 
 def _check_names(plan: Plan, registry: Registry, where: str) -> None:

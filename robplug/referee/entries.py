@@ -66,7 +66,7 @@ class Attack:
 def list_subjects(cells: Sequence[StoredCell]) -> tuple[tuple[Subject, ...], list[int]]:
     """Returns the subjects of a run, and for each cell the number of its subject."""
     places: dict[str, int] = {}
-    subject_of = [places.setdefault(_subject_identity(cell), len(places)) for cell in cells]
+    subject_of = [places.setdefault(subject_identity(cell), len(places)) for cell in cells]
     models: dict[str, list[str]] = {}
     for cell in cells:
         known = models.setdefault(cell.record["target"], [])
@@ -93,7 +93,7 @@ def _subject(number: int, cell: StoredCell, models: dict[str, list[str]]) -> Sub
     )
 
 
-def _subject_identity(cell: StoredCell) -> str:
+def subject_identity(cell: StoredCell) -> str:
     """Names do not make a subject: with other weights or data the same name is something else."""
     record, threat = cell.record, cell.record["threat"]
     parts = [record["target"], record["dataset"], threat["norm"], threat["bounds"], threat["targeted"]]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from robplug.referee.entries import Subject
-from robplug.referee.summary import Matrix, Summary
-from robplug.referee.wilson import Rate
-from robplug.referee.worst import WorstCase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from robplug.referee.entries import Subject
+    from robplug.referee.summary import Matrix, Summary
+    from robplug.referee.wilson import Rate
+    from robplug.referee.worst import WorstCase
 
 NORMS = {"linf": "\u2113\u221e", "l2": "\u21132", "l1": "\u21131", "l0": "\u21130"}
 NONE = "\u2013"

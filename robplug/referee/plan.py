@@ -35,6 +35,7 @@ class Plan(Entry):
         transfer: who is attacked and who judges, if that is not the same.
         chunk: samples per unit of work; a finished chunk is never run again.
         batch_size: samples per forward pass of the referee.
+        probes: samples on which each model is probed at the end, for the diagnostics; 0 probes none.
         keep: ``examples`` keeps some adversarial images of each cell, ``all`` all of them, ``none`` none.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         threads: of torch on the CPU; its own choice without. One is fastest for small networks.
@@ -50,6 +51,7 @@ class Plan(Entry):
     transfer: Annotated[list[TransferEntry], Field(min_length=1)] | None = None
     chunk: Annotated[int, Field(ge=1)] = 64
     batch_size: Annotated[int, Field(ge=1)] = 256
+    probes: Annotated[int, Field(ge=0)] = 64
     keep: Literal["examples", "all", "none"] = "examples"
     device: str = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None

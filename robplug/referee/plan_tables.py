@@ -68,6 +68,7 @@ class TargetEntry(Entry):
         stochastic: whether two calls may differ.
         eot: draws averaged for an attack.
         draws: draws averaged for a verdict.
+        adaptive: attacks of the plan that were made against its defence, by name or label.
     """
 
     name: str
@@ -80,6 +81,7 @@ class TargetEntry(Entry):
     stochastic: bool = False
     eot: Annotated[int, Field(ge=1)] = 1
     draws: Annotated[int, Field(ge=1)] = 1
+    adaptive: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _draws_of_a_stochastic_target(self) -> TargetEntry:

@@ -18,6 +18,7 @@ from robplug.referee.jobs import Job, goals, prepare
 from robplug.referee.kept import found_elsewhere, keep_answers, keep_samples
 from robplug.referee.plan import Plan, load_plan
 from robplug.referee.precision import precision
+from robplug.referee.probes import plan_probes, run_probe
 from robplug.referee.records import cell_record, provenance
 from robplug.referee.results import Results
 from robplug.referee.store import Store
@@ -78,8 +79,10 @@ def run_plan(
     with cpu_threads(settings.threads):
         jobs = prepare(settings, registry, where)
     store = Store(out or settings.out)
+    probes = plan_probes(jobs, settings)
     with store.locked(), cpu_threads(settings.threads), deferred_interrupt(STOPPING) as asked:
-        store.write_run({**provenance(settings, where), "cells": [job.key for job in jobs]})
+        entries = {"cells": [job.key for job in jobs], "probes": [probe.entry for probe in probes]}
+        store.write_run({**provenance(settings, where), **entries})
         hear.begin(sum(len(job.dataset) for job in jobs))
         clean = CleanAnswers(settings.batch_size)
         for number, job in enumerate(jobs):
@@ -88,6 +91,11 @@ def run_plan(
                 hear.advance(f"{name}: {job.cell.label}", chunk.samples, chunk.done_before)
                 if asked():
                     raise Interrupted(store.path)
+        for probe in probes:
+            hear.advance(f"probing {probe.job.cell.target.name}", 0, store.has_probe(probe.key))
+            run_probe(probe, settings, store, clean.of)
+            if asked():
+                raise Interrupted(store.path)
     return Results(store.path)
 
 

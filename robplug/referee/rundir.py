@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,6 +142,7 @@ class Run:
         cells: those of the plan that have begun, in its order.
         not_begun: number of cells of the plan that have not.
         left_aside: number of cells in the directory that are not of the plan as it was last run.
+        probes: the probes of the plan that were run: what they are, and what they measured.
     """
 
     path: Path
@@ -148,6 +150,7 @@ class Run:
     cells: tuple[StoredCell, ...]
     not_begun: int
     left_aside: int
+    probes: tuple[dict[str, Any], ...] = ()
 
     @property
     def own(self) -> tuple[StoredCell, ...]:
@@ -185,7 +188,15 @@ def load_run(path: str | Path) -> Run:
         tuple(sorted(cells, key=lambda cell: int(cell.record["index"]))),
         not_begun=sum(name not in there for name in planned),
         left_aside=len(set(there) - set(planned)),
+        probes=tuple(_probes(root, record.get("probes", ()))),
     )
+
+
+def _probes(root: Path, planned: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for probe in planned:
+        path = root / "probes" / f"{_folder_name(root, probe['key'])}.json"
+        if path.is_file():
+            yield {**_read_json(path, "remove it and run the plan again"), **probe}
 
 
 def _folder_name(root: Path, key: Any) -> str:

@@ -7,6 +7,7 @@
     out/cells/<key>/examples.safetensors     some images, for the report
     out/cells/<key>/adversarials-00000.safetensors   all adversarial samples of a chunk, where they are kept
     out/cells/<key>/answers-00000.safetensors        boxes and answers of a chunk, where the task needs them together
+    out/probes/<key>.json                    what was measured of a model beside its cells
 
 Every file is written under a temporary name, synced and renamed, so that a reader sees the old content or the new.
 """
@@ -92,6 +93,19 @@ class Store:
     def write_run(self, record: Mapping[str, Any]) -> None:
         """Writes run.json."""
         write_json(self.path / "run.json", {"schema_version": SCHEMA_VERSION, **record})
+
+    def has_probe(self, key: str) -> bool:
+        """Returns whether a probe was run."""
+        return self._probe(key).is_file()
+
+    def write_probe(self, key: str, record: Mapping[str, Any]) -> None:
+        """Writes what a probe measured."""
+        with explained(self.path):
+            (self.path / "probes").mkdir(exist_ok=True)
+        write_json(self._probe(key), {"schema_version": SCHEMA_VERSION, **record})
+
+    def _probe(self, key: str) -> Path:
+        return self.path / "probes" / f"{key[:16]}.json"
 
     def cell(self, key: str) -> CellStore:
         """Returns the part of the store that holds one cell."""

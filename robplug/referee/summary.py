@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from robplug.referee.diagnostics import diagnose
 from robplug.referee.entries import Attack, Subject, list_attacks, list_subjects
+from robplug.referee.findings import Diagnosis
 from robplug.referee.quality import Quality, quality
 from robplug.referee.rundir import Reading, Run, StoredCell, load_run
 from robplug.referee.transfer import Entry, Matrix, matrices
@@ -136,6 +138,7 @@ class Summary:
         worst_cases: one entry a subject and radius.
         incomplete: cells that have begun and lack rows.
         matrices: one a transfer, threat and radius.
+        diagnoses: one a subject.
     """
 
     finished: bool
@@ -147,6 +150,7 @@ class Summary:
     worst_cases: tuple[WorstCase, ...]
     incomplete: int
     matrices: tuple[Matrix, ...]
+    diagnoses: tuple[Diagnosis, ...]
 
     @property
     def dense(self) -> bool:
@@ -176,6 +180,7 @@ def summarise(run: Run) -> Summary:
         worst_cases=tuple(_worst_cases(run.own, subject_of, attack_of, len(subjects))),
         incomplete=sum(not cell.finished for cell in run.cells),
         matrices=matrices(run, numbers),
+        diagnoses=diagnose(run, subjects, subject_of, attacks, numbers),
     )
 
 

@@ -99,7 +99,7 @@ def _probe(run: Run, record: dict[str, Any], norm: str | None) -> Probe | None:
 
 def _adaptive(run: Run, record: dict[str, Any], cells: list[tuple[Attack, StoredCell]]) -> tuple[int, ...]:
     """Returns the attacks that the plan names as adaptive to the target."""
-    entries = run.record["plan"]["targets"]
+    entries = run.record["plan"].get("targets", ())
     named = {name for entry in entries if entry["name"] == record["target"] for name in entry.get("adaptive", ())}
     found = [
         attack.number for attack, cell in cells if named & set(names_of(cell.record["attack"], cell.record["label"]))

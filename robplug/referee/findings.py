@@ -70,7 +70,8 @@ class StepPoint:
     Attributes:
         steps: their number.
         robust: share of the probe's samples that it does not break.
-        margin: median over the samples of the largest other logit minus the true one, where the attack ended.
+        margin: median over the samples of the largest other logit minus the true one where the attack ended, and 0 for
+            a broken sample.
     """
 
     steps: int

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from robplug.referee.entries import Subject
+    from robplug.referee.findings import Diagnosis
     from robplug.referee.summary import Matrix, Summary
     from robplug.referee.wilson import Rate
     from robplug.referee.worst import WorstCase
@@ -104,6 +105,18 @@ def unfinished(summary: Summary) -> str:
     """Says what of a run is missing."""
     begun, other = plural(summary.incomplete, "cell"), plural(summary.not_begun, "cell")
     return f"unfinished run: {begun} incomplete, {other} not begun"
+
+
+def diagnosis(one: Diagnosis) -> str:
+    """Returns such as ``suspicious: one step beats many``."""
+    raised = ", ".join(dict.fromkeys(finding.check for finding in one.findings))
+    return f"{one.verdict}: {raised}" if raised else f"{one.verdict} in {plural(len(one.checked), 'check')}"
+
+
+def adaptive(one: Diagnosis, summary: Summary) -> str:
+    """Says which attacks were made against the defence."""
+    names = [summary.attack(number).name for number in one.adaptive]
+    return f"adaptive attacks: {', '.join(names)}" if names else "no adaptive attack was run"
 
 
 def unresolved(summary: Summary, case: WorstCase) -> str:

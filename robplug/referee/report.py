@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from robplug.errors import InputError, RobplugError
 from robplug.referee import formats
+from robplug.referee.findings import Diagnosis
 from robplug.referee.rundir import Run, load_run
 from robplug.referee.store import write_atomically
 from robplug.referee.summary import Attack, CellSummary, Subject, Summary, summarise
@@ -80,6 +81,8 @@ class Panel:
         examples: (attack, example) pairs.
         left_out: number of attacks with examples that are not shown.
         costs: a row an attack.
+        diagnosis: whether the numbers can be believed.
+        steps: an ``<svg>`` of what more steps gain, or "".
     """
 
     subject: Subject
@@ -91,6 +94,8 @@ class Panel:
     examples: list[tuple[Attack, Any]]
     left_out: int
     costs: list[CostRow]
+    diagnosis: Diagnosis
+    steps: Any
 
 
 @dataclass(frozen=True)
@@ -169,8 +174,9 @@ def _tables(summary: Summary) -> list[tuple[Subject, float | None, WorstCase | N
 def _panel(run: Run, summary: Summary, subject: Subject) -> Panel:
     from markupsafe import Markup
 
-    from robplug.referee import figures
+    from robplug.referee import figures, step_curve
 
+    diagnosis = summary.diagnoses[subject.number]
     cells = [cell for cell in summary.cells if cell.subject == subject.number]
     cases = [case for case in summary.worst_cases if case.subject == subject.number]
     stored = {cell.record["key"]: cell for cell in run.cells}
@@ -186,6 +192,8 @@ def _panel(run: Run, summary: Summary, subject: Subject) -> Panel:
         examples=examples[:EXAMPLES],
         left_out=max(len(examples) - EXAMPLES, 0),
         costs=_costs(cells, summary),
+        diagnosis=diagnosis,
+        steps=Markup(step_curve.draw(diagnosis.steps)) if diagnosis.steps else "",  # noqa: S704
     )
 
 

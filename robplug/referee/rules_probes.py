@@ -260,7 +260,7 @@ def curve(probe: Probe | None) -> tuple[StepPoint, ...]:
     points = []
     for steps in STEPS:
         margins = probe.column("steps", f"margin {steps}")
-        margins = margins[np.isfinite(margins)]
+        margins = np.minimum(margins[np.isfinite(margins)], 0)
         left = int((probe.column("steps", f"broken {steps}") == 0).sum())
         median = float(np.median(margins)) if len(margins) else None
         points.append(StepPoint(steps, wilson(left, len(probe.samples)), median))

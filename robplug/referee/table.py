@@ -42,6 +42,7 @@ class ResultsTable:
             parts.append(_table(self.summary, subject, columns))
             cases = [case for case in self.summary.worst_cases if case.subject == subject.number]
             parts += [_headline(self.summary, case) for case in cases]
+            parts.append(_diagnosis(self.summary, subject))
         for matrix in self.summary.matrices:
             parts += [_matrix_table(self.summary, matrix), Text(_legend(matrix), style="dim")]
         if any(cell.claim.kind != "claim" for cell in self.summary.cells):
@@ -124,6 +125,12 @@ def _cells(summary: Summary, cell: CellSummary) -> list[str]:
 def _in_order(summary: Summary, subject: Subject) -> list[CellSummary]:
     mine = [cell for cell in summary.cells if cell.subject == subject.number]
     return sorted(mine, key=lambda cell: (cell.eps is None, cell.eps or 0.0, cell.attack))
+
+
+def _diagnosis(summary: Summary, subject: Subject) -> Text:
+    one = summary.diagnoses[subject.number]
+    text = f"diagnosis: {formats.diagnosis(one)}; {formats.adaptive(one, summary)}"
+    return Text(text, style="bold" if one.findings else "dim")
 
 
 def _headline(summary: Summary, case: WorstCase) -> Text:

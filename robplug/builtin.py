@@ -173,7 +173,12 @@ def robplug_datasets() -> list[DatasetSpec]:
 def robplug_defenses() -> list[DefenseSpec]:
     """Plain and adversarial training."""
     return [
-        DefenseSpec(name="robplug/none", make="robplug.defenses:NoDefense", summary="plain training"),
+        DefenseSpec(
+            name="robplug/none",
+            make="robplug.defenses:NoDefense",
+            summary="plain training",
+            tasks=("classification", "segmentation", "detection"),
+        ),
         DefenseSpec(
             name="robplug/crop-flip",
             make="robplug.augmentation:CropFlip",

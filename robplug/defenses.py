@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robplug.errors import InputError
 from robplug.plugins import registry
-from robplug.step import Step, passing, untouched_buffers
+from robplug.step import Step, accuracy, passing, untouched_buffers
 
 AUGMENTATION = 1 << 32
 """Restarts of the streams from here on belong to augmentation."""
@@ -113,7 +113,8 @@ class Losses:
         objective: the main loss, a scalar.
         penalties: their values, by the name of the defence's class.
         total: what is differentiated.
-        right: (N,) bool, which samples the objective's pass classified correctly, as it saw them; None if unknown.
+        right: (N,) what the objective's pass got right, as it saw the samples (`robplug.step.accuracy`); None if
+            unknown.
     """
 
     objective: Tensor
@@ -236,7 +237,7 @@ class Stack:
         return Losses(objective.detach(), values, total, right)
 
     def score(self, step: Step) -> Tensor:
-        """Returns (N,) bool: what the first defence with an opinion counts as right, else the clean prediction."""
+        """Returns (N,) what the first defence with an opinion counts as right, else the `accuracy` of clean samples."""
         step.layers = self._layers
         for defense, prepared in zip(self.defenses, self._prepared, strict=True):
             step.state = prepared.state
@@ -244,7 +245,7 @@ class Stack:
             if right is not None:
                 return right
         with torch.no_grad():
-            return torch.eq(step.model(step.x).argmax(1), step.y)
+            return accuracy(step.model(step.x), step.y)
 
     def finish(self) -> nn.Module:
         """Lets every defence finish, the last first, and returns the model."""

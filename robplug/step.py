@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robplug.data import IGNORE
 from robplug.errors import InputError
 from robplug.rng import Rng
 from robplug.targets import evaluation_mode
+from robplug.types import Task
 
 PassKind = Literal["attacker", "update", "evaluation"]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -23,8 +25,20 @@ _pass_kind: contextvars.ContextVar[PassKind] = contextvars.ContextVar("robplug_p
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns the (N,) cross-entropies in float32."""
-    return F.cross_entropy(logits.float(), y, reduction="none")
+    """Returns (N,) cross-entropies in float32; for pixel labels, (N, H, W), the mean of the labelled ones."""
+    if y.dim() == 1:
+        return F.cross_entropy(logits.float(), y, reduction="none")
+    losses = F.cross_entropy(logits.float(), y, reduction="none", ignore_index=IGNORE)
+    return losses.flatten(1).sum(1) / (y != IGNORE).flatten(1).sum(1).clamp_min(1)
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns (N,) bool, which samples are right; for pixel labels, (N, H, W), the share of the labelled ones."""
+    right = logits.detach().argmax(1) == y
+    if y.dim() == 1:
+        return right
+    labelled = y != IGNORE
+    return (right & labelled).flatten(1).sum(1) / labelled.flatten(1).sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Pass:
     Attributes:
         x: (N, ...) the samples, a leaf that requires a gradient: ``torch.autograd.grad(p.loss.sum(), p.x)``. Take input
             gradients of the sum: those of the mean shrink with the batch and underflow in half precision.
-        logits: (N, C).
+        logits: (N, C), of a segmentation network (N, C, H, W); a detector has none of an image, and this is (N, 0).
         loss: (N,) float32, the loss of each sample.
         activations: outputs of the layers that the defences of the stack asked for, by name.
     """
@@ -52,12 +66,13 @@ class Step:
     Attributes:
         model: maps samples inside ``bounds`` to logits; everything that a user put in front of the network is in it.
         x: (N, ...) samples.
-        y: (N,) int64 labels.
+        y: labels as in `robplug.data.Dataset`.
         rng: a stream per sample, other ones in each step.
         bounds: smallest and largest value of a sample.
         state: what the ``prepare`` of the defence that is asked returned as its state.
         x_adv: (N, ...) the adversarial samples of the objective, if it has any.
-        loss_of: (logits, y) to (N,), the loss that is trained.
+        loss_of: (logits, y) to (N,), the loss that is trained; a detector has its own, ``model.losses``.
+        task: what ``y`` are labels of.
         layers: modules whose outputs are kept in each `Pass`, by name.
     """
 
@@ -69,6 +84,7 @@ class Step:
     state: Any = None
     x_adv: Tensor | None = None
     loss_of: Loss = cross_entropy
+    task: Task = "classification"
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
     _passes: dict[str, Pass] = field(default_factory=dict, init=False, repr=False)
 
@@ -122,14 +138,14 @@ class Step:
             self._passes[name] = made
 
     def right(self) -> Tensor | None:
-        """Returns (N,) bool, which samples the newest pass so far classified correctly; None before any.
+        """Returns (N,) what the newest pass so far got right, as `accuracy` says; None before any, and for a detector.
 
         Of two passes given together the clean one counts.
         """
-        if not self._passes:
+        if not self._passes or self.task == "detection":
             return None
         newest = list(self._passes.values())[-1]
-        return newest.logits.detach().argmax(1) == self.y
+        return accuracy(newest.logits, self.y)
 
     def _shared(self, name: str, x: Tensor) -> Pass:
         if name not in self._passes:
@@ -142,6 +158,8 @@ class Step:
             for name, layer in self.layers.items():
                 handle = layer.register_forward_hook(_keeper(activations, name))
                 stack.callback(handle.remove)
+            if self.task == "detection":
+                return Pass(x, x.new_zeros(len(x), 0), self.model.losses(x, y), activations)  # type: ignore[operator]
             logits = self.model(x)
         return Pass(x, logits, self.loss_of(logits, y), activations)
 

@@ -27,6 +27,7 @@ from robplug.training_plan import Options, read_options
 from robplug.training_progress import Progress
 from robplug.training_setup import (
     check_data,
+    check_task,
     differences,
     make_fabric,
     make_optimizer,
@@ -57,7 +58,8 @@ def fit(
     left as they were.
 
     Args:
-        model: trained in place; maps samples inside the data's bounds to logits. It ends on the device where it was.
+        model: trained in place; maps samples inside the data's bounds to logits, or is a detector with ``losses``. It
+            ends on the device where it was.
         dataset: the training data.
         defenses: names of ``robplug list defenses``, defences, or both.
         out: folder for ``weights.safetensors`` and ``train.json``, and for a checkpoint after each epoch and at Ctrl-C,
@@ -77,6 +79,7 @@ def fit(
     """
     settings, stack = read_options(options), Stack(defenses)
     check_data(dataset, settings, stack)
+    check_task(model, dataset, settings, stack)
     folder = None if out is None else _make_folder(Path(out))
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with cpu_threads(settings.threads):
@@ -157,7 +160,7 @@ class _Training:
 
     def _batch(self, rows: Tensor, rng: Rng) -> Step:
         x, y = (tensor[rows].to(self.fabric.device) for tensor in (self.dataset.x, self.dataset.y))
-        return Step(self.model, x, y, rng, self.dataset.bounds)
+        return Step(self.model, x, y, rng, self.dataset.bounds, task=self.dataset.task)
 
     def _train(self, rows: Tensor, optimizer: Any) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -195,10 +198,10 @@ class _Training:
 
     def _score(self) -> float:
         seed = sub_seed(self.options.seed, "score")
-        right = 0
+        right = 0.0
         with evaluation_mode(self.model), self.fabric.autocast(), seeded_globals(seed):
             for rows in self.held_rows.split(self.options.batch_size):
-                right += int(self.stack.score(self._batch(rows, Rng(seed, rows.tolist()))).sum())
+                right += float(self.stack.score(self._batch(rows, Rng(seed, rows.tolist()))).sum())
         return right / len(self.held_rows)
 
     def _scores(self) -> list[float]:

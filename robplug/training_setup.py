@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robplug.data import Dataset
 from robplug.defenses import Stack
 from robplug.errors import InputError, RobplugError
+from robplug.plugins import registry
 from robplug.training_plan import Options
 
 if TYPE_CHECKING:
@@ -28,11 +29,33 @@ def check_data(dataset: Dataset, options: Options, stack: Stack) -> None:
     """Refuses data that cannot be trained on, and patience without anything to score."""
     if len(dataset) == 0:
         raise InputError("a data set with samples", f"{dataset.name} without any")
-    if not dataset.x.is_floating_point() or dataset.y.dtype != torch.int64:
-        raise InputError("x of a floating-point dtype and y of int64", f"{dataset.x.dtype} and {dataset.y.dtype}")
+    labels = torch.float32 if dataset.task == "detection" else torch.int64
+    if not dataset.x.is_floating_point() or dataset.y.dtype != labels:
+        expected = f"x of a floating-point dtype and y of {str(labels).removeprefix('torch.')}"
+        raise InputError(expected, f"{dataset.x.dtype} and {dataset.y.dtype}")
     if stack.patience is not None and not options.held_out:
         remedy = "pass held_out=0.1, say, or patience=None"
         raise InputError("held-out samples to stop early by", "held_out=0", remedy)
+
+
+def check_task(model: nn.Module, dataset: Dataset, options: Options, stack: Stack) -> None:
+    """Refuses defences that say that they do not serve the data's task, and detectors that cannot be trained.
+
+    What a defence that no plugin offers serves is its user's business.
+    """
+    serves = {spec.make: spec for spec in registry().specs("defense")}
+    for defense in stack.defenses:
+        spec = serves.get(f"{type(defense).__module__}:{type(defense).__qualname__}")
+        if spec is not None and dataset.task not in spec.tasks:
+            raise InputError(
+                f"defences that serve {dataset.task}", f"{spec.name}, which serves {', '.join(spec.tasks)}"
+            )
+    if dataset.task != "detection":
+        return
+    if not callable(getattr(model, "losses", None)):
+        raise InputError("a detector with losses(x, y), for data with boxes", type(model).__name__)
+    if options.held_out:
+        raise InputError("held_out=0 for detection, which is not scored while it is trained", options.held_out)
 
 
 def split_rows(count: int, options: Options) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,22 @@ def robplug_targets() -> list[TargetSpec]:
             params={"classes": 4, "width": 12},
             task="segmentation",
         ),
+        TargetSpec(
+            name="robplug/ssd-plain",
+            make="robplug.vision.detector:ssd_plain",
+            summary="anchor detector on a chain of convolutions, untrained",
+            source="Liu et al. 2016, section 2.2",
+            params={"classes": 4, "width": 24, "sizes": (12, 18, 25)},
+            task="detection",
+        ),
+        TargetSpec(
+            name="robplug/ssd-residual",
+            make="robplug.vision.detector:ssd_residual",
+            summary="anchor detector on residual blocks, untrained",
+            source="Liu et al. 2016, section 2.2",
+            params={"classes": 4, "width": 16, "sizes": (12, 18, 25)},
+            task="detection",
+        ),
     ]
 
 

@@ -1,0 +1,66 @@
+"""Arithmetic of boxes, rows x1, y1, x2, y2, in plain PyTorch and by the batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LARGEST_GROWTH = math.log(1000 / 16)
+"""Largest logarithm by which a network's offsets may change a width, as in other implementations."""
+
+
+def overlaps(one: Tensor, other: Tensor) -> Tensor:
+    """Returns the IoU of each pair of boxes, (..., A, 4) and (..., B, 4) to (..., A, B); boxes without area have 0."""
+    low = torch.maximum(one[..., :, None, :2], other[..., None, :, :2])
+    high = torch.minimum(one[..., :, None, 2:], other[..., None, :, 2:])
+    common = (high - low).clamp_min(0).prod(-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp_min(0).prod(-1) for boxes in (one, other)]
+    union = areas[0][..., :, None] + areas[1][..., None, :] - common
+    return common / union.clamp_min(torch.finfo(union.dtype).tiny)
+
+
+def survivors(boxes: Tensor, alive: Tensor, threshold: float) -> Tensor:
+    """Greedy non-maximum suppression of boxes that are already sorted, the best first.
+
+    Going down the list, a box is kept unless it overlaps a kept one before it by more than the threshold. The rule has
+    one solution, and repeating it for all boxes at once reaches it from the top.
+
+    Args:
+        boxes: (N, R, 4).
+        alive: (N, R) bool, which boxes take part.
+        threshold: IoU.
+
+    Returns:
+        (N, R) bool, the boxes that are kept.
+    """
+    hides = (overlaps(boxes, boxes) > threshold).triu(1) & alive[:, :, None]
+    kept = alive
+    while True:
+        again = alive & ~(hides & kept[:, :, None]).any(1)
+        if torch.equal(again, kept):
+            return kept
+        kept = again
+
+
+def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Returns the offsets (..., 4) that `decode` turns into these boxes: centres by the anchor's size, log sizes."""
+    size, centre = _size_and_centre(boxes)
+    anchor_size, anchor_centre = _size_and_centre(anchors)
+    return torch.cat([(centre - anchor_centre) / anchor_size, (size / anchor_size).log()], -1)
+
+
+def decode(offsets: Tensor, anchors: Tensor) -> Tensor:
+    """Returns boxes (..., 4) from offsets to anchors.
+
+    Source: Girshick et al. 2014, appendix C.
+    """
+    anchor_size, anchor_centre = _size_and_centre(anchors)
+    centre = anchor_centre + offsets[..., :2] * anchor_size
+    half = 0.5 * anchor_size * offsets[..., 2:].clamp_max(LARGEST_GROWTH).exp()
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def _size_and_centre(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    return boxes[..., 2:] - boxes[..., :2], 0.5 * (boxes[..., :2] + boxes[..., 2:])

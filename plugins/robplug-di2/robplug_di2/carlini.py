@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from robplug.attacks import make_problem
-from robplug.errors import InputError, ThreatError
-from robplug.loop import Problem, lead
+from robplug.carlini import CarliniWagner, check_minimal
 from robplug.rng import Rng
-from robplug.targets import Target, settled
+from robplug.targets import Target
 from robplug.types import Perturbed, ThreatModel
 from robplug_di2.diversity import InputDiversity
-
-INSIDE = 1 - 1e-6
-"""Share of the bounds' width in which a start lies, so that its inverse tanh is finite."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +45,7 @@ class DiverseCarliniWagner(InputDiversity):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "binary_search_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} >= 1", getattr(self, name))
-        for name in ("step_size", "initial_const"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"a finite {name} > 0", getattr(self, name))
-        if not 0 <= self.confidence < float("inf"):
-            raise InputError("a finite confidence >= 0", self.confidence)
+        self._search((0.0, 1.0))  # refuses what makes no sense
 
     def run(
         self,
@@ -74,87 +63,17 @@ class DiverseCarliniWagner(InputDiversity):
             InputError: a tensor does not fit, or the model takes no images of the padded size.
             ThreatError: the norm is not l2, there is an eps, or the target has no gradients.
         """
-        if threat.norm != "l2" or threat.eps is not None:
-            got = f"{threat.norm} with eps={threat.eps}"
-            raise ThreatError(f"expected a threat with norm l2 and eps=None, got {got}; di2/m-di2-fgsm keeps a radius")
-        if target.offers != "gradients":
-            raise ThreatError(f"expected a target with gradients, got one with {target.offers}")
-        problem = make_problem(target, x, y, threat, rng, y_goal)
-        search = _Search(problem, x.detach(), self.confidence)
-        if len(x):
-            with self.explaining(target, x), settled(target.module):
-                self._search_constants(search)
-        return Perturbed(search.best, None, search.lead > 0)
+        check_minimal(threat, "di2/m-di2-fgsm")
+        with self.explaining(target, x):
+            return self._search(threat.bounds).search(make_problem(target, x, y, threat, rng, y_goal))
 
-    def _search_constants(self, search: _Search) -> None:
-        count = len(search.x)
-        const = search.x.new_full((count,), self.initial_const)
-        lower, upper = torch.zeros_like(const), torch.full_like(const, torch.inf)
-        for _ in range(self.binary_search_steps):
-            reached = self._descend(search, const)
-            lower, upper = torch.where(reached, lower, const), torch.where(reached, const, upper)
-            const = torch.where(upper.isinf(), 10 * const, (lower + upper) / 2)
-
-    def _descend(self, search: _Search, const: Tensor) -> Tensor:
-        """Takes all steps for one constant per sample; returns (N,) whether an iterate reached the confidence."""
-        w = search.start().requires_grad_()
-        adam = torch.optim.Adam([w], lr=self.step_size)
-        reached = torch.zeros(len(w), dtype=torch.bool, device=w.device)
-        for _ in range(self.steps):
-            with torch.enable_grad():
-                x_adv = search.image(w)
-                seen = self(x_adv, search.problem.rng, search.problem.target.bounds)
-                lead, sure = search.leads(seen)
-                size = (x_adv - search.x).div(search.width).flatten(1).square().sum(1)
-                loss = size + const * (self.confidence - lead).clamp_min(0.0)
-            (w.grad,) = torch.autograd.grad(loss.sum(), w)
-            if not bool(w.grad.isfinite().all()):
-                raise ThreatError("expected a finite gradient of the target, got nan or inf; use an attack on scores")
-            if seen is not x_adv:  # a diverse input says nothing about the image itself
-                with torch.no_grad():
-                    lead, sure = search.leads(x_adv)
-            reached |= search.look(x_adv.detach(), lead.detach(), sure, size.detach())
-            adam.step()
-        return reached
-
-
-class _Search:
-    """Images as tanh of a free variable, and the best of those that were looked at.
-
-    Attributes:
-        problem: the model and its labels.
-        x: (N, ...) samples.
-        best: (N, ...) best images so far: the nearest that reach the confidence, else those of the largest lead.
-        lead: (N,) of the best.
-        width: of the bounds.
-    """
-
-    def __init__(self, problem: Problem, x: Tensor, confidence: float) -> None:
-        self.problem, self.x, self._confidence = problem, x, confidence
-        self._low, self._high = problem.target.bounds
-        self.width = self._high - self._low
-        self.best = x.clone()
-        self.lead = x.new_full((len(x),), -torch.inf)
-        self._size = torch.full_like(self.lead, torch.inf)
-
-    def start(self) -> Tensor:
-        """Returns the variable of the clean samples."""
-        return ((2 * (self.x - self._low) / self.width - 1) * INSIDE).atanh()
-
-    def image(self, w: Tensor) -> Tensor:
-        """Returns the images of a variable; differentiable."""
-        return (self._low + self.width * (w.tanh() + 1) / 2).clamp(self._low, self._high)
-
-    def leads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (N,) by how much the attack is ahead, and (N,) the lead that no rounding takes away."""
-        return lead(self.problem.target.logits(images), self.problem.labels, self.problem.targeted)
-
-    def look(self, images: Tensor, lead: Tensor, sure: Tensor, size: Tensor) -> Tensor:
-        """Keeps what is better; returns (N,) whether the images reach the confidence."""
-        reaches = lead > sure.clamp_min(self._confidence)
-        nearer = reaches & (size < self._size)
-        better = nearer | (self._size.isinf() & ~reaches & (lead > self.lead))
-        self._size = torch.where(nearer, size, self._size)
-        self.lead = torch.where(better, lead, self.lead)
-        self.best = torch.where(better.view(-1, *[1] * (images.dim() - 1)), images, self.best)
-        return reaches
+    def _search(self, bounds: tuple[float, float]) -> CarliniWagner:
+        return CarliniWagner(
+            steps=self.steps,
+            step_size=self.step_size,
+            confidence=self.confidence,
+            binary_search_steps=self.binary_search_steps,
+            initial_const=self.initial_const,
+            abort_early=False,  # the loss of diverse inputs stalls by chance
+            transform=partial(self, bounds=bounds) if self.p else None,
+        )

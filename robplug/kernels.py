@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -24,7 +25,8 @@ def operator(schema: str, reference: ModuleType, check: Callable[..., None], emp
     so that eager mode and ``torch.compile`` refuse the same arguments.
 
     Args:
-        schema: name, arguments and results, such as ``"warp(Tensor x, Tensor flow) -> Tensor"``.
+        schema: name, arguments and results, such as ``"warp(Tensor x, Tensor flow) -> Tensor"``; an argument that is
+            written to says so, such as ``Tensor(a!) sums`` or ``Tensor(a!)[] sums``.
         reference: the module ``reference`` of the package of kernels; the plugin's package is PACKAGE.
         check: raises where the arguments do not fit.
         empty: returns tensors with the shapes, dtypes and strides of the results.
@@ -47,7 +49,8 @@ def operator(schema: str, reference: ModuleType, check: Callable[..., None], emp
         return empty(*args)
 
     package = reference.__name__.partition(".")[0]
-    made = custom_op(f"{package}::{name}", plain, mutates_args=(), schema=bracket + arguments)
+    written = re.findall(r"!\)\S*\s+(\w+)", arguments)
+    made = custom_op(f"{package}::{name}", plain, mutates_args=written, schema=bracket + arguments)
     made.register_kernel("cuda", cuda)
     made.register_fake(fake)
     return made

@@ -1,0 +1,240 @@
+"""The kernels as PyTorch operators: schema, checks, shapes, devices and derivatives.
+
+The reference runs on every device but CUDA, where the Triton kernels do. One check serves the implementation and the
+fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robplug.kernels import operator
+from robplug_nsloss.kernels import checks, reference
+
+
+def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """Returns x + radius * noise / |noise|_2: each sample moved to a point drawn evenly from the sphere around it.
+
+    Convention:
+        Norm: over all axes but the first, summed in float32, or in float64 for a float64 x.
+        A sample whose noise is 0 everywhere has no direction and stays where it is.
+
+    Args:
+        x: (N, ...), float16, bfloat16, float32 or float64, any strides.
+        noise: standard normal draws of the shape of x and any of these dtypes.
+        radius: of the sphere, above 0, in the units of x.
+
+    Returns:
+        (N, ...) with the dtype of x and the strides of ``torch.empty_like(x)``; rounded once, not clipped.
+
+    Differentiable: any number of times, in x, as the identity; not in noise.
+
+    Raises:
+        TypeError: x or noise is not of a floating dtype.
+        ValueError: shapes, devices or radius do not fit, or noise requires a gradient.
+
+    Source: Fidel et al. 2020, section III-A, Algorithm 1 (perturbations of norm NsEps).
+    """
+    return _call("sphere_noise", x, noise, float(radius))
+
+
+def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Tensor:
+    """Returns the sum over layers of mean |noisy - clean|: NsLoss * NsEps of one draw.
+
+    Args:
+        clean: L activations of any shapes and strides, float16, bfloat16, float32 or float64.
+        noisy: the same layers' activations of the perturbed batch.
+
+    Returns:
+        (), float64 where a layer is, float32 otherwise.
+
+    Differentiable: once, in all of them; the gradient of ``noisy`` is sign(noisy - clean) / numel, with sign(0) = 0. It
+        is computed from the two, so that nothing else is kept.
+
+    Raises:
+        TypeError: a layer is not of a floating dtype.
+        ValueError: there are no layers, a layer is empty, or shapes, dtypes or devices do not fit.
+
+    Source: Fidel et al. 2020, section III-A, Algorithm 1, whose weighting cancels.
+    """
+    out: Tensor = _mean_abs_difference(list(clean), list(noisy))
+    return out
+
+
+def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int) -> Tensor:
+    """Returns mean |noisy - clean| of each layer and adds sign(noisy - clean) to sums, in one pass over the layers.
+
+    After N draws, sums / numel is the negative gradient of the summed means with respect to ``clean``, so that the
+    gradient of N draws needs the graph of one at a time::
+
+        for draw in range(draws):
+            noisy = activations(sphere_noise(x, torch.randn_like(x), radius))
+            means = accumulate_signs(clean, noisy, sums, draw)
+            means.sum().backward()  # the side of the noisy activations
+        torch.autograd.backward(clean, [-total / total.numel() for total in sums])
+
+    Args:
+        clean: L activations of any shapes and strides, float16, bfloat16, float32 or float64; taken as constants.
+        noisy: the same layers' activations of the perturbed batch.
+        sums: L int8 tensors of the same shapes, written to; ``torch.empty_like(layer, dtype=torch.int8)`` is best.
+        draw: number of this draw, from 0; the first one overwrites sums. An int8 holds the signs of 127 draws.
+
+    Returns:
+        (L,), float64 where a layer is, float32 otherwise.
+
+    Differentiable: once, in noisy, by sign(noisy - clean) / numel with sign(0) = 0. The gradient of a layer that others
+        are computed from is added by a hook when theirs have arrived, so that not all of them are held at once. A graph
+        that is kept must be gone through in the same way again.
+
+    Raises:
+        TypeError: a layer is not of a floating dtype.
+        ValueError: there are no layers, one is empty, draw is not from 0 to 126, or shapes, dtypes or devices do not
+            fit.
+        RuntimeError: in the backward pass, if autograd has no gradient for a layer that others are computed from.
+
+    Source: Fidel et al. 2020, section III-A, Algorithm 1, whose weighting cancels.
+    """
+    clean, sums = [layer.detach() for layer in clean], list(sums)
+    if not (torch.is_grad_enabled() and any(layer.requires_grad for layer in noisy)):
+        return _call("accumulate_signs", clean, list(noisy), sums, draw)
+    inner = _inner(noisy)
+    waiting: dict[int, tuple[Tensor, ...]] = {}
+    means: Tensor = _Signs.apply(clean, sums, draw, inner, waiting, *noisy)  # type: ignore[no-untyped-call]
+    for number in inner:
+        noisy[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
+    return means
+
+
+def _call(name: str, *args: Any) -> Tensor:
+    """Calls an operator, or on the CPU the reference itself: for a small layer, the call costs more than the layer."""
+    tensor = args[1] if isinstance(args[1], Tensor) else next(iter(args[1]), None)
+    if torch.compiler.is_compiling() or (tensor is not None and not tensor.is_cpu):
+        out: Tensor = getattr(torch.ops.robplug_nsloss, name)(*args)
+        return out
+    getattr(checks, name)(*args)
+    return getattr(reference, name)(*args)  # type: ignore[no-any-return]
+
+
+def _means(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) -> Tensor:
+    return noisy[0].new_empty(len(noisy), dtype=reference.accumulator(*noisy))
+
+
+def _gradients(_: Tensor, clean: Sequence[Tensor], noisy: Sequence[Tensor], both: bool) -> list[Tensor]:
+    return [torch.empty_like(layer) for layer in noisy] * (1 + both)
+
+
+_sphere_noise = operator(
+    "sphere_noise(Tensor x, Tensor noise, float radius) -> Tensor",
+    reference,
+    checks.sphere_noise,
+    lambda x, *_: torch.empty_like(x),
+)
+_mean_abs_difference = operator(
+    "mean_abs_difference(Tensor[] clean, Tensor[] noisy) -> Tensor",
+    reference,
+    checks.mean_abs_difference,
+    lambda clean, noisy: noisy[0].new_empty((), dtype=reference.accumulator(*noisy)),
+)
+_mean_abs_difference_backward = operator(
+    "mean_abs_difference_backward(Tensor g, Tensor[] clean, Tensor[] noisy, bool both) -> Tensor[]",
+    reference,
+    checks.mean_abs_difference_backward,
+    _gradients,
+)
+_accumulate_signs = operator(
+    "accumulate_signs(Tensor[] clean, Tensor[] noisy, Tensor(a!)[] sums, int draw) -> Tensor",
+    reference,
+    checks.accumulate_signs,
+    _means,
+)
+_add_signs = operator(
+    "add_signs(Tensor? g, Tensor clean, Tensor noisy, Tensor weight) -> Tensor",
+    reference,
+    checks.add_signs,
+    lambda g, clean, noisy, weight: torch.empty_like(noisy),
+)
+
+
+def _setup_difference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    clean, noisy = inputs
+    ctx.save_for_backward(*clean, *noisy)
+
+
+def _difference_backward(ctx: Any, g: Tensor) -> tuple[list[Tensor] | None, list[Tensor]]:
+    layers = len(ctx.saved_tensors) // 2
+    clean, noisy = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+    both = any(ctx.needs_input_grad[0])
+    grads = _mean_abs_difference_backward(g, clean, noisy, both)
+    return (grads[layers:] if both else None), grads[:layers]
+
+
+_sphere_noise.register_autograd(lambda ctx, g: (g, None, None))
+_mean_abs_difference.register_autograd(_difference_backward, setup_context=_setup_difference)
+
+
+class _Signs(torch.autograd.Function):
+    """The means of the layers; their gradients, but for those that wait for a hook."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clean: list[Tensor],
+        sums: list[Tensor],
+        draw: int,
+        inner: list[int],
+        waiting: dict[int, tuple[Tensor, ...]],
+        *noisy: Tensor,
+    ) -> Tensor:
+        ctx.inner, ctx.waiting = inner, waiting
+        ctx.save_for_backward(*clean, *noisy)
+        return _call("accumulate_signs", clean, list(noisy), sums, draw)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        layers = len(g)
+        found: list[Tensor | None] = [None] * layers
+        pairs = zip(ctx.saved_tensors[:layers], ctx.saved_tensors[layers:], g.unbind(), strict=True)
+        for number, (clean, noisy, weight) in enumerate(pairs):
+            if number in ctx.inner:
+                ctx.waiting[number] = clean, noisy.detach(), weight
+            elif ctx.needs_input_grad[5 + number]:
+                found[number] = _call("add_signs", None, clean, noisy.detach(), weight)
+        return None, None, None, None, None, *found
+
+
+def _hook(number: int, waiting: dict[int, tuple[Tensor, ...]]) -> Callable[[Tensor | None], Tensor | None]:
+    """Returns what adds a layer's own gradient to the one that arrives from the layers behind it.
+
+    It must not hold the layer, which holds it.
+    """
+
+    def hook(g: Tensor | None) -> Tensor | None:
+        if number not in waiting:
+            return None
+        clean, noisy, weight = waiting.pop(number)
+        if g is None:
+            remedy = "a function behind it returns None for it: return zeros there, or leave the layer out"
+            raise RuntimeError(f"expected a gradient for layer {number} from the layers behind it, got None; {remedy}")
+        return _call("add_signs", g.detach(), clean, noisy, weight)
+
+    return hook
+
+
+def _inner(layers: Sequence[Tensor]) -> list[int]:
+    """Returns the numbers of the layers that others are computed from, as autograd's graph has it."""
+    reached: set[tuple[Any, int]] = set()
+    nodes = [layer.grad_fn for layer in layers]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        for edge in node.next_functions if node is not None else ():
+            reached.add(edge)
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                nodes.append(edge[0])
+    return [number for number, layer in enumerate(layers) if (layer.grad_fn, layer.output_nr) in reached]

@@ -1,0 +1,98 @@
+"""The definition of the kernels in plain PyTorch, forward and backward; what runs wherever Triton does not.
+
+Values are computed in float32, or in float64 where they are float64, and rounded once at the end. The layers of a
+network are worked on in parts that stay in a core's cache, so that no difference of two layers is ever held whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**17  # values whose differences stay in a core's cache
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """Returns the dtype to compute in: float64 where a tensor has it, float32 otherwise."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def alike(tensor: Tensor, other: Tensor) -> Tensor:
+    """Returns the tensor with the strides of ``torch.empty_like(other)``, copied only where it has others."""
+    strides = torch.empty_like(other, device="meta").stride()
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Returns the values of a tensor without gaps in the order of memory, as a view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
+    """Returns x + radius * noise / |noise|_2, with one norm a sample; a sample whose noise is 0 stays where it is."""
+    dtype = accumulator(x)
+    norm = torch.linalg.vector_norm(noise.flatten(1), dim=1, dtype=dtype)
+    scale = torch.where(norm > 0, radius / norm, 0.0).view(-1, *[1] * (x.dim() - 1))
+    return alike(torch.addcmul(x.to(dtype), noise.to(dtype), scale).to(x.dtype), x)
+
+
+def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Tensor:
+    """Returns the sum over the layers of mean |noisy - clean|, ()."""
+    totals = [
+        torch.stack([piece.abs_().sum() for piece, *_ in _differences(one, other)]).sum() / one.numel()
+        for one, other in zip(clean, noisy, strict=True)
+    ]
+    return _stacked(totals, noisy).sum()
+
+
+def mean_abs_difference_backward(
+    g: Tensor, clean: Sequence[Tensor], noisy: Sequence[Tensor], both: bool
+) -> list[Tensor]:
+    """Returns the gradients of ``noisy``, g * sign(noisy - clean) / numel, and then, if wanted, those of ``clean``."""
+    grads = [add_signs(None, one, other, g) for one, other in zip(clean, noisy, strict=True)]
+    return grads + [grad.neg() for grad in grads] if both else grads
+
+
+def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int) -> Tensor:
+    """Returns mean |noisy - clean| a layer, (L,), and adds sign(noisy - clean) to its sum, which draw 0 overwrites."""
+    means = []
+    for one, other, total in zip(clean, noisy, sums, strict=True):
+        laid = alike(total, other)
+        parts = []
+        for piece, signs in _differences(one, other, laid):
+            if draw == 0:
+                signs.copy_(piece.sign())
+            else:
+                signs.add_(piece.sign().to(torch.int8))
+            parts.append(piece.abs_().sum())
+        means.append(torch.stack(parts).sum() / other.numel())
+        if laid is not total:
+            total.copy_(laid)
+    return _stacked(means, noisy)
+
+
+def add_signs(g: Tensor | None, clean: Tensor, noisy: Tensor, weight: Tensor) -> Tensor:
+    """Returns g + weight * sign(noisy - clean) / numel, where no g counts as 0."""
+    out = torch.empty_like(noisy)
+    scale = weight.item() / noisy.numel()
+    rest = [out] if g is None else [out, alike(g, noisy)]
+    for piece, result, *given in _differences(clean, noisy, *rest):
+        signs = piece.sign_()
+        result.copy_(torch.add(given[0], signs, alpha=scale) if given else signs.mul_(scale))
+    return out
+
+
+def _differences(clean: Tensor, noisy: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields noisy - clean in parts that may be written on, with the same parts of others, which lie as noisy would."""
+    dtype = accumulator(noisy)
+    tensors = (alike(noisy, noisy), alike(clean, noisy), *others)
+    for second, first, *parts in zip(*(flat(tensor).split(CHUNK) for tensor in tensors), strict=True):
+        yield second.to(dtype) - first, *parts
+
+
+def _stacked(means: list[Tensor], layers: Sequence[Tensor]) -> Tensor:
+    return torch.stack([mean.to(accumulator(*layers)) for mean in means])

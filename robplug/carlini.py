@@ -140,7 +140,8 @@ class CarliniWagner:
 
     def _gradient(self, moving: _Moving) -> tuple[_Iterate, Tensor, Tensor]:
         """Returns the images of now, and (N,) losses and the gradient by w, both averaged over draws."""
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for _ in range(self.draws):
             with torch.enable_grad():
                 x_adv = moving.images()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robplug.errors import InputError
 from robplug.plugins import registry
-from robplug.step import Step, accuracy, passing, untouched_buffers
+from robplug.step import Observer, Step, accuracy, passing, untouched_buffers
 
 AUGMENTATION = 1 << 32
 """Restarts of the streams from here on belong to augmentation."""
@@ -33,12 +33,15 @@ class Prepared:
         parameters: new parameters, in the model or in the state, that are to be optimized.
         no_decay: parameters, new or the model's own, that escape weight decay.
         layers: names of modules of the model whose outputs each `robplug.step.Pass` is to keep.
+        observer: entered around the forward of each `robplug.step.Pass`, which keeps what it yields under the observer:
+            ``step.clean().observed[observer]``. For what outputs of modules do not tell.
     """
 
     state: Any = None
     parameters: Sequence[nn.Parameter] = ()
     no_decay: Sequence[nn.Parameter] = ()
     layers: Sequence[str] = ()
+    observer: Observer | None = None
 
 
 class Defense:
@@ -212,6 +215,7 @@ class Stack:
     def losses(self, step: Step) -> Losses:
         """Returns the losses of a batch; batch norm's running statistics move with the objective alone."""
         step.layers = self._layers
+        step.observers = [prepared.observer for prepared in self._prepared if prepared.observer]
         rng = step.rng
         with untouched_buffers(self.model):
             for place, (defense, prepared) in enumerate(zip(self.defenses, self._prepared, strict=True)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from robplug.types import Task
 
 PassKind = Literal["attacker", "update", "evaluation"]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Observer = Callable[[], AbstractContextManager[Any]]
 
 _pass_kind: contextvars.ContextVar[PassKind] = contextvars.ContextVar("robplug_pass", default="evaluation")
 
@@ -51,12 +52,14 @@ class Pass:
         logits: (N, C), of a segmentation network (N, C, H, W); a detector has none of an image, and this is (N, 0).
         loss: (N,) float32, the loss of each sample.
         activations: outputs of the layers that the defences of the stack asked for, by name.
+        observed: what each observer of the stack's defences has yielded, by observer; empty for a part of a pass.
     """
 
     x: Tensor
     logits: Tensor
     loss: Tensor
     activations: Mapping[str, Tensor]
+    observed: Mapping[Observer, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Step:
         loss_of: (logits, y) to (N,), the loss that is trained; a detector has its own, ``model.losses``.
         task: what ``y`` are labels of.
         layers: modules whose outputs are kept in each `Pass`, by name.
+        observers: entered around the forward of each `Pass`.
     """
 
     model: nn.Module
@@ -86,6 +90,7 @@ class Step:
     loss_of: Loss = cross_entropy
     task: Task = "classification"
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    observers: Sequence[Observer] = ()
     _passes: dict[str, Pass] = field(default_factory=dict, init=False, repr=False)
 
     def renew(self, x: Tensor) -> None:
@@ -158,10 +163,11 @@ class Step:
             for name, layer in self.layers.items():
                 handle = layer.register_forward_hook(_keeper(activations, name))
                 stack.callback(handle.remove)
+            observed = {observer: stack.enter_context(observer()) for observer in self.observers}
             if self.task == "detection":
-                return Pass(x, x.new_zeros(len(x), 0), self.model.losses(x, y), activations)  # type: ignore[operator]
+                return Pass(x, x.new_zeros(len(x), 0), self.model.losses(x, y), activations, observed)  # type: ignore[operator]
             logits = self.model(x)
-        return Pass(x, logits, self.loss_of(logits, y), activations)
+        return Pass(x, logits, self.loss_of(logits, y), activations, observed)
 
 
 def _keeper(activations: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from robplug import AttackSpec, hookimpl
+from typing import Any
+
+from robplug import AttackSpec, DefenseSpec, hookimpl
 
 PAPER = "Fidel et al. 2020, Adversarial Robustness via Stochastic Regularization of Neural Activation Sensitivity"
 SEARCH = {
@@ -12,6 +14,34 @@ SEARCH = {
     "binary_search_steps": 9,
     "initial_const": 1e-3,
     "abort_early": True,
+}
+
+MNIST: dict[str, dict[str, Any]] = {
+    "nsloss": {
+        "strength": 2.0,
+        "radius": 1.0,
+        "draws": 5,
+        "layers": None,
+        "clip": False,
+        "frozen_batch_norm": True,
+    },
+    "jacobian": {"strength": 0.01, "projections": 1, "frozen_batch_norm": True},
+}
+MNIST["combined"] = {**MNIST["nsloss"], "jacobian_strength": 0.01, "projections": 1}
+
+CIFAR10: dict[str, dict[str, Any]] = {
+    "nsloss": {"strength": 10.0, "radius": 3.0, "draws": 10},
+    "jacobian": {"strength": 0.1},
+    "combined": {"strength": 10.0, "radius": 3.0, "draws": 10, "jacobian_strength": 0.01},
+}
+"""What differs from the settings for MNIST, which are the defaults."""
+
+MADE = {"nsloss": "NsLoss", "jacobian": "JacobianRegularization", "combined": "Combined"}
+PIECES = {"nsloss": ("prepare", "penalty", "mode"), "jacobian": ("penalty", "mode")}
+SUMMARIES = {
+    "nsloss": "penalty on the change of activations under noise",
+    "jacobian": "penalty on the Jacobian of the logits",
+    "combined": "both penalties",
 }
 
 
@@ -39,4 +69,25 @@ def robplug_attacks() -> list[AttackSpec]:
             budget="minimal",
             stochastic=True,
         ),
+    ]
+
+
+@hookimpl
+def robplug_defenses() -> list[DefenseSpec]:
+    """The paper's three defences, each also with the settings of its table I."""
+    return [
+        DefenseSpec(
+            name=f"nsloss/{method}{suffix}",
+            make=f"robplug_nsloss.defense:{made}",
+            summary=SUMMARIES[method] + said,
+            source=f"{PAPER}, section III, table I",
+            params={**MNIST[method], **changes.get(method, {})},
+            pieces=PIECES.get(method, PIECES["nsloss"]),
+        )
+        for method, made in MADE.items()
+        for suffix, changes, said in (
+            ("", {}, ""),
+            ("@mnist", {}, ", as for MNIST in the paper"),
+            ("@cifar10", CIFAR10, ", as for CIFAR-10 in the paper"),
+        )
     ]

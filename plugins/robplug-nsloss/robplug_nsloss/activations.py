@@ -1,0 +1,178 @@
+"""Collecting the activations of a forward pass: of layers by name, or the logits and every ReLU-like output."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robplug.errors import InputError
+
+LOGITS = "logits"
+"""The name of the model's output among its layers."""
+
+RELU_LIKE = frozenset("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish softplus hardswish".split())
+"""Functions whose outputs are collected where no layers are named, in-place ones too; hardtanh from 0 is relu6."""
+
+
+class Recorder(TorchFunctionMode):
+    """What one forward pass has computed in the chosen layers, in the order of computation.
+
+    A layer that is used several times has an activation for each use. Functions are seen as they are called, within
+    modules or without; they are named after the module that calls them: ``layer1.0:relu``, and ``layer1.0:relu#2`` for
+    its second call.
+
+    Attributes:
+        names: of the activations.
+        tensors: the activations, with their graph; no later operation in place changes them.
+    """
+
+    def __init__(self, functions: bool) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.tensors: list[Tensor] = []
+        self._versions: list[int | None] = []
+        self._uses: Counter[str] = Counter()
+        self._modules: list[str] = []
+        self._functions = functions
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls a function and keeps its result if it is ReLU-like."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        for tensor in _written(name, args, kwargs):
+            self._save_from(tensor)
+        out = func(*args, **kwargs)
+        if self._functions and _is_relu_like(name, args, kwargs):
+            where = self._modules[-1] if self._modules else ""
+            self.keep(f"{where}:{name.removesuffix('_')}".removeprefix(":"), out)
+        return out
+
+    def keep(self, name: str, out: Any) -> None:
+        """Adds an activation; the very tensor that was added last is not added twice."""
+        if not isinstance(out, Tensor):
+            raise InputError(f"a tensor from the layer {name}", type(out).__name__, "name layers inside of it")
+        if self.tensors and out is self.tensors[-1]:
+            return
+        self._uses[name] += 1
+        self.names.append(name if self._uses[name] == 1 else f"{name}#{self._uses[name]}")
+        self.tensors.append(out)
+        self._versions.append(_version(out))
+
+    def enter(self, name: str) -> None:
+        """Notes that the forward of a module begins."""
+        self._modules.append(name)
+
+    def leave(self) -> None:
+        """Notes that it has ended."""
+        self._modules.pop()
+
+    def check(self) -> None:
+        """Refuses activations that were changed in place by something that could not be foreseen.
+
+        Raises:
+            InputError: naming the layer.
+        """
+        for name, tensor, version in zip(self.names, self.tensors, self._versions, strict=True):
+            if _version(tensor) != version:
+                remedy = "make that operation out of place, or leave the layer out by naming others in `layers`"
+                raise InputError("activations that nothing changes afterwards", f"{name} changed in place", remedy)
+
+    def _save_from(self, written: Tensor) -> None:
+        """Puts copies in the place of activations that are about to be overwritten."""
+        for index, tensor in enumerate(self.tensors):
+            if _memory(tensor) == _memory(written):
+                self.tensors[index] = tensor.clone()
+                self._versions[index] = _version(self.tensors[index])
+
+
+@contextmanager
+def recording(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[Recorder]:
+    """Collects the activations of the forward pass that is made inside.
+
+    Args:
+        model: any module whose output is a tensor.
+        layers: names of modules whose outputs are wanted, ``"logits"`` for the model's own; None means the logits and
+            every output of a ReLU-like function (`RELU_LIKE`), wherever and however it is called.
+
+    Raises:
+        InputError: a layer does not exist, is not used or gives no tensor; there is no ReLU-like function; or an
+            activation is changed in place in a way that cannot be foreseen.
+    """
+    recorder = Recorder(functions=layers is None)
+    wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            handle = module.register_forward_pre_hook(lambda *_, name=name: recorder.enter(name))
+            stack.callback(handle.remove)
+            # also where the forward fails, in case the failure is caught
+            stack.callback(module.register_forward_hook(lambda *_: recorder.leave(), always_call=True).remove)
+        for name, module in wanted.items():
+            keeper = module.register_forward_hook(lambda _, __, out, name=name: recorder.keep(name, out))
+            stack.callback(keeper.remove)
+        with recorder:
+            yield recorder
+    recorder.check()
+    unused = [name for name in wanted if name not in recorder.names]
+    if layers is not None and unused:
+        raise InputError("layers that the forward pass uses", ", ".join(map(repr, unused)), "leave them out")
+    if layers is None and len(recorder.names) < 2 and recorder.names[-1:] in ([], [LOGITS]):
+        raise InputError(f"ReLU-like layers ({', '.join(sorted(RELU_LIKE))})", _seen(model), _how_to_name(model))
+
+
+def wanted_modules(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
+    """Returns the modules of these names.
+
+    Raises:
+        InputError: there is none of a name; the error lists near ones.
+    """
+    if isinstance(layers, str) or not layers:
+        raise InputError("a list of names of layers, or None", repr(layers), _how_to_name(model))
+    modules = {LOGITS: model, **dict(model.named_modules())}
+    for name in layers:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=3) or list(filter(None, modules))[:10]
+            raise InputError(f"a layer of {type(model).__name__}", repr(name), f"there is {', '.join(near)}")
+    return {name: modules[name] for name in layers}
+
+
+def _is_relu_like(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    plain = name.removesuffix("_")
+    if plain == "hardtanh":
+        return bool((args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) == 0)
+    return plain in RELU_LIKE
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Returns the tensors that a function may be about to overwrite; rather one too many."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    operator = name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    asked = kwargs.get("inplace", False) or any(arg is True for arg in args[1:])  # some pass it by place
+    first = args[:1] or (kwargs.get("input"),)
+    written = [kwargs.get("out"), *(first if in_place or operator or asked else ())]
+    return [tensor for tensor in written if isinstance(tensor, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _seen(model: nn.Module) -> str:
+    leaves = [type(part).__name__ for part in model.modules() if not list(part.children())]
+    return f"a {type(model).__name__} of {', '.join(dict.fromkeys(leaves))}"
+
+
+def _how_to_name(model: nn.Module) -> str:
+    names = [name for name, _ in model.named_modules() if name]
+    return f"name layers, as in layers={[*names[:10], LOGITS]}"

@@ -20,10 +20,15 @@ def class_axis(logits: Tensor) -> int:
     return 1 if logits.dim() == 4 else 2
 
 
-def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns room for a result of the shape of x, channels last if x has them last, contiguous otherwise."""
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Returns how a result of the shape of x lies: channels last if x has them last, contiguous otherwise."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns room for a result of the shape of x."""
+    return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
 def dense_adversary_grad(logits: Tensor, labels: Tensor, goals: Tensor, until_goal: bool) -> tuple[Tensor, Tensor]:
@@ -61,4 +66,5 @@ def normalised_step(
     size = torch.maximum(-lowest, highest).to(acc)
     direction = gradient.to(acc) / size.masked_fill(size == 0, 1).view(-1, *rest)
     moved = torch.add(r, direction, alpha=gamma, out=empty(x, acc))
-    return moved, (x + moved).clamp_(low, high).to(x.dtype), size
+    image = torch.add(x.to(acc), moved, out=empty(x, acc)).clamp_(low, high)
+    return moved, image.to(x.dtype), size

@@ -10,15 +10,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robplug_dag.dense import Record, dag
+    from robplug_dag.goals import leave_out, permuted_goals, random_goals, random_permutations
     from robplug_dag.kernels.ops import dense_adversary_grad, normalised_step
+    from robplug_dag.measures import perceptibility, permuted
+    from robplug_dag.shapes import fooling_start, label_map, strongest_rivals, text_mask
 
-__all__ = ["Record", "dag", "dense_adversary_grad", "normalised_step"]
+__all__ = [
+    "Record",
+    "dag",
+    "dense_adversary_grad",
+    "fooling_start",
+    "label_map",
+    "leave_out",
+    "normalised_step",
+    "perceptibility",
+    "permuted",
+    "permuted_goals",
+    "random_goals",
+    "random_permutations",
+    "strongest_rivals",
+    "text_mask",
+]
 
 _HOMES = {
     "Record": "dense",
     "dag": "dense",
     "dense_adversary_grad": "kernels.ops",
+    "fooling_start": "shapes",
+    "label_map": "shapes",
+    "leave_out": "goals",
     "normalised_step": "kernels.ops",
+    "perceptibility": "measures",
+    "permuted": "measures",
+    "permuted_goals": "goals",
+    "random_goals": "goals",
+    "random_permutations": "goals",
+    "strongest_rivals": "shapes",
+    "text_mask": "shapes",
 }
 
 

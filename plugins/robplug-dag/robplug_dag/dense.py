@@ -81,7 +81,8 @@ def dag(
             each; differentiable, in evaluation mode. Never scaled to the labels' size here: that is the model's part.
         x: (N, ...) images inside the bounds.
         labels: (N, H, W) or (N, R) integers. A target is where label and goal are two different classes; where either
-            is negative or both are equal, there is none. See `robplug_dag.targets` for background and ignored pixels.
+            is negative or both are equal, there is none. See `robplug_dag.leave_out` for background and ignored
+            pixels.
         goals: likewise, the classes to reach; see `robplug_dag.random_goals`.
         gamma: length of a step, the largest change of a value, in units of x.
         steps: largest number of steps; the paper has 200 for segmentation and 150 for detection.
@@ -199,7 +200,7 @@ def _check_classes(logits: Tensor, left: _Left) -> None:
     classes = logits.shape[class_axis(logits)]
     for name, tensor in (("labels", left.labels), ("goals", left.goals)):
         if tensor.max() >= classes:
-            remedy = "robplug_dag.targets leaves ignored classes out"
+            remedy = "robplug_dag.leave_out(labels, 255) leaves an ignored class out"
             raise InputError(f"{name} below the {classes} classes of the logits", int(tensor.max()), remedy)
 
 

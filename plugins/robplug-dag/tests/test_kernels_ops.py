@@ -154,7 +154,11 @@ R = torch.zeros_like(X)
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
-        (lambda: dense_adversary_grad(LOGITS.long(), LABELS, LABELS), TypeError, r"got torch.int64; .*logits.float\(\)"),
+        (
+            lambda: dense_adversary_grad(LOGITS.long(), LABELS, LABELS),
+            TypeError,
+            r"got torch.int64; .*logits.float\(\)",
+        ),
         (lambda: dense_adversary_grad(LOGITS[0, 0], LABELS, LABELS), ValueError, r"or \(N, R, C\), got \(3, 5\)"),
         (lambda: dense_adversary_grad(LOGITS[:, :1], LABELS, LABELS), ValueError, "at least two classes, got 1"),
         (lambda: dense_adversary_grad(LOGITS, LABELS.int(), LABELS), TypeError, r"got torch.int32; .*labels.long\(\)"),

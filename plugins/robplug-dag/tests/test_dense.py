@@ -18,21 +18,25 @@ from robplug_dag import dag
 RULES = ("label", "goal")
 
 
-def network(classes: int = 4, kernel: int = 3) -> nn.Module:
-    """Returns a small smooth network on (N, 3, H, W), in float64."""
-    layers = [
-        nn.Conv2d(3, 8, kernel, padding=kernel // 2),
-        nn.Softplus(),
-        nn.Conv2d(8, classes, kernel, padding="same"),
-    ]
-    return nn.Sequential(*layers).double().requires_grad_(False)
+class Centred(nn.Module):
+    """So that no class is favoured by all images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.5
+
+
+def network(kernel: int = 3) -> nn.Module:
+    """Returns a small smooth network of four classes on (N, 3, H, W), in float64."""
+    first, last = (nn.Conv2d(*sides, kernel, padding="same", bias=False) for sides in ((3, 16), (16, 4)))
+    return nn.Sequential(Centred(), first, nn.Tanh(), last).double().requires_grad_(False)
 
 
 def scene(model: nn.Module, count: int = 3, side: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns images, the model's predictions as labels, the first row of pixels left out, and random goals."""
+    """Returns images, the model's predictions as labels of a fifth of the pixels below the first row, random goals."""
     x = torch.rand(count, 3, side, side + 1, dtype=torch.float64)
     labels = model(x).argmax(1)
     goals = (labels + torch.randint(1, 4, labels.shape)) % 4
+    labels[torch.rand(labels.shape) > 0.2] = -1
     labels[:, 0] = -1
     return x, labels, goals
 
@@ -62,7 +66,7 @@ def test_a_batch_is_algorithm_1_on_each_image(rule: Any) -> None:
     """Images leave at different times, and none of this shows."""
     model = network()
     x, labels, goals = scene(model)
-    gamma, steps = 0.01, 60
+    gamma, steps = 0.02, 20
     x_adv, record = dag(model, x, labels, goals, gamma=gamma, steps=steps, rule=rule)
     for n in range(len(x)):
         r, counts = by_hand(model, x[n], labels[n], goals[n], gamma, steps, rule)
@@ -79,7 +83,7 @@ def test_a_batch_is_algorithm_1_on_each_image(rule: Any) -> None:
 def test_after_convergence_the_rule_holds_for_x_adv(rule: Any) -> None:
     model = network()
     x, labels, goals = scene(model)
-    x_adv, record = dag(model, x, labels, goals, gamma=0.01, rule=rule)
+    x_adv, record = dag(model, x, labels, goals, gamma=0.02, rule=rule)
     predicted = model(x_adv).argmax(1)
     fine = (predicted != labels) if rule == "label" else (predicted == goals)
     done = torch.tensor([status == "converged" for status in record.status])
@@ -95,7 +99,7 @@ def test_on_a_linear_scorer_each_step_is_the_difference_of_two_weights() -> None
     goals = (labels + torch.tensor([[1], [2], [1]])) % 3
     x_adv, record = dag(scores, x, labels, goals, gamma=1e-3, steps=7, rule="goal")
     towards = weights[goals[:, 0]] - weights[labels[:, 0]]
-    expected = 1e-3 * record.iterations[:, None] * towards / towards.abs().amax(1, keepdim=True)
+    expected = 1e-3 * record.iterations[:, None].double() * towards / towards.abs().amax(1, keepdim=True)
     torch.testing.assert_close(record.r, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(x_adv, x + expected, rtol=1e-12, atol=0)
     assert record.iterations.max() == 7
@@ -107,11 +111,10 @@ def test_no_value_moves_further_than_gamma_a_step(dtype: torch.dtype) -> None:
     x, labels, goals = scene(network())
     for steps in (1, 5, 20):
         _, record = dag(model, x.to(dtype), labels, goals, gamma=0.01, steps=steps, rule="goal")
-        bound = 0.01 * record.iterations * (1 + steps * torch.finfo(record.r.dtype).eps)
+        bound = 0.01 * record.iterations.double() * (1 + steps * torch.finfo(record.r.dtype).eps)
         assert (record.r.flatten(1).abs().amax(1) <= bound).all()
         if steps == 1:  # and in the first step one goes as far
-            moved = record.iterations == 1
-            assert torch.equal(record.r[moved].flatten(1).abs().amax(1), torch.full((3,), 0.01).to(record.r)[moved])
+            torch.testing.assert_close(record.r.flatten(1).abs().amax(1), torch.full((3,), 0.01).to(record.r))
 
 
 def test_a_network_of_single_pixels_leaves_all_but_active_pixels_alone() -> None:
@@ -195,7 +198,7 @@ def test_bounds_scale_everything() -> None:
 
 def test_x_adv_is_inside_the_bounds_and_is_what_the_network_saw_last() -> None:
     model = network()
-    x, labels, goals = scene(model)
+    x, _, goals = scene(model)
     x = x.round()  # every value is at a bound
     seen: list[Tensor] = []
 
@@ -203,7 +206,9 @@ def test_x_adv_is_inside_the_bounds_and_is_what_the_network_saw_last() -> None:
         seen.append(images.detach().clone())
         return model(images)
 
-    x_adv, record = dag(watched, x[:1], model(x[:1]).argmax(1), goals[:1], gamma=0.02)
+    labels = model(x[:1]).argmax(1)
+    labels[:, 1:] = -1
+    x_adv, record = dag(watched, x[:1], labels, goals[:1], gamma=0.02)
     assert record.status == ("converged",) and x_adv.min() >= 0 and x_adv.max() <= 1
     assert torch.equal(seen[-1], x_adv) and not torch.equal(record.r, x_adv - x[:1])
 
@@ -239,7 +244,6 @@ def broken(place: str) -> Callable[[Tensor], Tensor]:
             return logits
         if place == "logits":
             return logits.index_fill(0, torch.tensor(1), torch.nan)
-        logits[1].register_hook  # noqa: B018
         images.register_hook(lambda grad: grad.index_fill(0, torch.tensor(1), torch.nan))
         return logits
 

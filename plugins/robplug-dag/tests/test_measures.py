@@ -55,11 +55,9 @@ def test_the_ball_has_the_norms_radius() -> None:
     """Without bounds in the way, projections lie on the sphere, and a steepest step is as long as it says."""
     ball = PERCEPTIBILITY.ball(X, 0.05, (-9.0, 9.0))
     far = ball.project(X + torch.randn_like(X))
-    torch.testing.assert_close(
-        PERCEPTIBILITY.distance(X, far), torch.full((3,), 0.05, dtype=torch.float64), rtol=1e-5, atol=0
-    )
+    assert PERCEPTIBILITY.distance(X, far).tolist() == pytest.approx([0.05] * 3, rel=1e-5)
     step = ball.steepest(torch.randn_like(X), X)
-    torch.testing.assert_close(perceptibility(step), torch.ones(3, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert perceptibility(step).tolist() == pytest.approx([1.0] * 3, rel=1e-6)
     allowed = PERCEPTIBILITY.allowed(0.05, X[0].numel(), (-9.0, 9.0))
     inside = ball.random(Rng(0, range(3)))
     assert (PERCEPTIBILITY.distance(X, inside) <= allowed).all() and not torch.equal(inside, X)

@@ -121,6 +121,11 @@ def robplug_targets() -> list[TargetSpec]:
         TargetSpec(name="robplug/digits-cnn", make="robplug.zoo:digits_cnn", summary="small CNN for digits, untrained"),
         TargetSpec(name="robplug/lenet", make="robplug.zoo:lenet", summary="LeNet-5 for MNIST, untrained"),
         TargetSpec(
+            name="robplug/keras-mnist-cnn",
+            make="robplug.zoo:keras_mnist_cnn",
+            summary="the CNN of Keras' MNIST example, with dropout, untrained",
+        ),
+        TargetSpec(
             name="robplug/resnet20",
             make="robplug.zoo:resnet20",
             summary="ResNet-20 for CIFAR-10, shortcuts of option A, untrained",

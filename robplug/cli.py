@@ -187,14 +187,29 @@ def report(
 
 
 @app.command()
-def train(plan: Annotated[Path, typer.Argument(help="a training plan in TOML; code that it names is run")]) -> None:
-    """Train a model with a stack of defences; the same command again goes on where it stopped."""
+def train(
+    plan: Annotated[Path, typer.Argument(help="a training plan in TOML; code that it names is run")],
+    tune: Annotated[
+        str | None, typer.Option(metavar="NAME.FIELD", help="choose this factor of a defence's penalty first")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="with --tune: how much clean accuracy may fall, as a share; 0.01 without")
+    ] = None,
+) -> None:
+    """Train a model with a stack of defences; the same command again goes on where it stopped.
+
+    --tune fgr.strength looks for the largest strength of the plan's defence flow/fgr that does not hurt, then trains
+    with it. Trials of one epoch begin at ln(classes) / R, R the mean penalty; one is too high if cross-entropy reaches
+    ln(classes) or if clean accuracy on held-out data falls by more than the tolerance. They are stored in tune.json.
+    """
     from robplug.training_plan import run_train_plan
 
+    if tolerance is not None and tune is None:
+        raise typer.BadParameter("--tolerance belongs to --tune, which is not given")
     try:
-        run_train_plan(plan)
+        run_train_plan(plan, tune=tune, tolerance=tolerance)
     except KeyboardInterrupt:
-        err.print(f"stopped; a checkpoint is stored. To go on:\n  {_command()}", soft_wrap=True, markup=False)
+        err.print(f"stopped; what is finished is stored. To go on:\n  {_command()}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
 
 

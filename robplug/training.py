@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata as metadata
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,15 +27,18 @@ from robplug.training_setup import (
     check_data,
     check_task,
     differences,
+    identity,
     make_fabric,
     make_optimizer,
     split_rows,
     sub_seed,
+    versions,
 )
 
 WEIGHTS = "weights.safetensors"
-SCHEMA_VERSION = 1
-_PLAIN = (str, int, float, bool, type(None))
+RECORD = "train.json"
+FINITE = "a finite loss"
+"""What the error of a training that diverges says was expected."""
 
 
 def fit(
@@ -48,7 +49,7 @@ def fit(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
-    origin: Mapping[str, str] | None = None,
+    origin: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Trains a model with a stack of defences, with Lightning Fabric.
@@ -66,7 +67,8 @@ def fit(
             which is removed at the end.
         resume: go on from the checkpoint in ``out``, if there is one.
         progress: print a line for each epoch.
-        origin: what the model began as, such as the digest of its weights; recorded, and compared at a resume.
+        origin: where the training comes from, such as the digest of the first weights; values that JSON has. Recorded,
+            and compared at a resume.
         **options: as in `robplug.training_plan.Options`.
 
     Returns:
@@ -92,7 +94,7 @@ def fit(
             trained = stack.finish().to(home).eval()
     if folder is not None:
         checkpoint.save_tensors(folder / WEIGHTS, trained.state_dict())
-        write_json(folder / "train.json", {**training.identity(), "history": training.history, **_versions()})
+        write_json(folder / RECORD, {**training.identity(), "history": training.history, **versions()})
         checkpoint.clear(folder)
     return trained
 
@@ -115,7 +117,7 @@ class _Training:
         options: Options,
         folder: Path | None,
         progress: bool,
-        origin: Mapping[str, str],
+        origin: Mapping[str, Any],
     ) -> None:
         self.origin = dict(origin)
         self.stack, self.dataset, self.options, self.folder = stack, dataset, options, folder
@@ -170,7 +172,7 @@ class _Training:
         with seeded_globals(sub_seed(self.options.seed, "step", self.step)):
             losses = self.stack.train_batch(step, optimizer, self.fabric.backward, self.fabric.autocast())
         if not bool(losses.total.isfinite()):
-            raise InputError("a finite loss", f"{losses.total.item()} at step {self.step}", "lower lr, or a strength")
+            raise InputError(FINITE, f"{losses.total.item()} at step {self.step}", "lower lr, or a strength")
         self.step += 1
         for name, value in _values(losses).items():
             self.sums[name] = self.sums.get(name, 0.0) + value * len(rows)
@@ -252,13 +254,7 @@ class _Training:
 
     def identity(self) -> dict[str, Any]:
         """Returns what makes this training another than others."""
-        return {
-            "model": _class_name(self.model),
-            **self.options.model_dump(exclude={"device"}),
-            "defenses": [_describe(defense) for defense in self.stack.defenses],
-            "data": self.dataset.digest,
-            "origin": self.origin,
-        }
+        return identity(self.model, self.options, self.stack.defenses, self.dataset, self.origin)
 
 
 def _make_folder(folder: Path) -> Path:
@@ -272,18 +268,3 @@ def _values(losses: Losses) -> dict[str, float]:
     right = {} if losses.right is None else {"accuracy": float(losses.right.float().mean())}
     penalties = {name: float(value) for name, value in losses.penalties.items()}
     return {"loss": float(losses.objective), **right, **penalties}
-
-
-def _describe(defense: Defense) -> dict[str, Any]:
-    """Returns the name of a defence's class and its parameters; what is no JSON value as text."""
-    params = dataclasses.asdict(defense) if dataclasses.is_dataclass(defense) else vars(defense)
-    plain = {key: value if isinstance(value, _PLAIN) else repr(value) for key, value in params.items()}
-    return {"class": _class_name(defense), **plain}
-
-
-def _class_name(thing: object) -> str:
-    return f"{type(thing).__module__}:{type(thing).__qualname__}"
-
-
-def _versions() -> dict[str, Any]:
-    return {"schema_version": SCHEMA_VERSION, "robplug": metadata.version("robplug"), "torch": str(torch.__version__)}

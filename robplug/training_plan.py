@@ -128,18 +128,23 @@ def load_train_plan(path: str | Path) -> TrainPlan:
         raise PlanError(str(path), problems(error, {"": TrainPlan, "dataset": TrainingData}) + other) from None
 
 
-def run_train_plan(path: str | Path, progress: bool = True) -> Path:
+def run_train_plan(
+    path: str | Path, progress: bool = True, tune: str | None = None, tolerance: float | None = None
+) -> Path:
     """Trains what a plan describes; goes on from the checkpoint that an interrupted run has left.
 
     Args:
         path: a TOML file.
         progress: print a line for each epoch.
+        tune: the factor of a penalty, ``NAME.FIELD``, that `robplug.tuning.choose` is to choose first.
+        tolerance: of that choice; None means `robplug.tuning.TOLERANCE`.
 
     Returns:
         The file of the weights.
 
     Raises:
         PlanError: the plan cannot be run; nothing has been trained then.
+        InputError: what is to be tuned does not exist, or cannot be.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
     from robplug.isolation import seeded_globals
@@ -147,6 +152,8 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
     from robplug.referee.load import make_dataset, make_target, state_digest
     from robplug.training import WEIGHTS, fit
     from robplug.training_setup import sub_seed
+    from robplug.tuning import TOLERANCE, choose
+    from robplug.tuning_field import find_defense, with_value
 
     plan, where = load_train_plan(path), str(path)
     dataset = make_dataset(plan.dataset, registry(), where)
@@ -157,6 +164,11 @@ def run_train_plan(path: str | Path, progress: bool = True) -> Path:
         defenses = [registry().defense(entry.name, **entry.params) for entry in plan.defenses]
     except RobplugError as error:
         raise PlanError(f"{where}: defenses", str(error)) from error
-    origin = {"params": repr(plan.params), "state": state_digest(model)}
+    origin: dict[str, Any] = {"params": repr(plan.params), "state": state_digest(model)}
+    if tune is not None:
+        place, field = find_defense([entry.name for entry in plan.defenses], tune)
+        how: dict[str, Any] = {"out": plan.out, "tolerance": TOLERANCE if tolerance is None else tolerance}
+        found = choose(model, dataset, defenses, place, field, progress=progress, origin=origin, **how, **plan.options)
+        defenses, origin["tuning"] = with_value(defenses, place, field, found["choice"]), found
     fit(model, dataset, defenses, out=plan.out, resume=True, progress=progress, origin=origin, **plan.options)
     return Path(plan.out) / WEIGHTS

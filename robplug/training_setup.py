@@ -1,8 +1,11 @@
-"""What a training needs before its first step: rows, device, optimizer."""
+"""What a training needs before its first step: rows, device, optimizer; and what makes it another than others."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata as metadata
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from robplug.data import Dataset
-from robplug.defenses import Stack
+from robplug.defenses import Defense, Stack
 from robplug.errors import InputError, RobplugError
 from robplug.plugins import registry
 from robplug.training_plan import Options
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+SCHEMA_VERSION = 1
+_PLAIN = (str, int, float, bool, type(None))
 
 
 def sub_seed(seed: int, *path: str | int) -> int:
@@ -107,6 +113,35 @@ def make_optimizer(model: nn.Module, stack: Stack, options: Options) -> torch.op
     if options.optimizer == "adam":
         return torch.optim.Adam(groups, lr=options.lr or 1e-3, weight_decay=options.weight_decay)
     return torch.optim.SGD(groups, options.lr or 0.1, options.momentum, weight_decay=options.weight_decay)
+
+
+def identity(
+    model: nn.Module, options: Options, defenses: Sequence[Defense], dataset: Dataset, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what makes a training another than others."""
+    return {
+        "model": _class_name(model),
+        **options.model_dump(exclude={"device"}),
+        "defenses": [_describe(defense) for defense in defenses],
+        "data": dataset.digest,
+        "origin": dict(origin),
+    }
+
+
+def _describe(defense: Defense) -> dict[str, Any]:
+    """Returns the name of a defence's class and its parameters; what is no JSON value as text."""
+    params = dataclasses.asdict(defense) if dataclasses.is_dataclass(defense) else vars(defense)
+    plain = {key: value if isinstance(value, _PLAIN) else repr(value) for key, value in params.items()}
+    return {"class": _class_name(defense), **plain}
+
+
+def _class_name(thing: object) -> str:
+    return f"{type(thing).__module__}:{type(thing).__qualname__}"
+
+
+def versions() -> dict[str, Any]:
+    """Returns the versions that a record carries."""
+    return {"schema_version": SCHEMA_VERSION, "robplug": metadata.version("robplug"), "torch": str(torch.__version__)}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

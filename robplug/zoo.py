@@ -1,4 +1,4 @@
-"""Networks: a small CNN for the digits, LeNet for MNIST and ResNet-20 for CIFAR, and two trained digits networks."""
+"""Networks: for the digits, for MNIST (LeNet, the Keras example) and CIFAR (ResNet-20); two trained digits networks."""
 
 from __future__ import annotations
 
@@ -51,6 +51,31 @@ class LeNet(nn.Module):
         h = F.max_pool2d(F.relu(self.conv1(x)), 2)
         h = F.max_pool2d(F.relu(self.conv2(h)), 2).flatten(1)
         return self.linear3(F.relu(self.linear2(F.relu(self.linear1(h)))))  # type: ignore[no-any-return]
+
+
+class KerasMnistCNN(nn.Module):
+    """The network of Keras' MNIST example: 1,199,882 parameters. Takes (N, 1, 28, 28) in [0, 1], gives (N, 10) logits.
+
+    Two 3x3 convolutions without padding, a 2x2 maximum and two linear layers, with dropout before each of these.
+
+    Source: https://keras.io/examples/mnist_cnn, which Fidel et al. 2020 (robplug-nsloss), section IV-A, use.
+    Differs: logits for probabilities, PyTorch's initialisation for Glorot's, channels come first where it flattens.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3)
+        self.conv2 = nn.Conv2d(32, 64, 3)
+        self.dropout1 = nn.Dropout(0.25)
+        self.linear1 = nn.Linear(64 * 12 * 12, 128)
+        self.dropout2 = nn.Dropout(0.5)
+        self.linear2 = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits."""
+        h = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        h = F.relu(self.linear1(self.dropout1(h).flatten(1)))
+        return self.linear2(self.dropout2(h))  # type: ignore[no-any-return]
 
 
 class Normalize(nn.Module):
@@ -159,6 +184,11 @@ def digits_cnn() -> nn.Module:
 def lenet() -> nn.Module:
     """Returns an untrained `LeNet`."""
     return LeNet()
+
+
+def keras_mnist_cnn() -> nn.Module:
+    """Returns an untrained `KerasMnistCNN`."""
+    return KerasMnistCNN()
 
 
 def resnet20(mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> nn.Module:

@@ -27,6 +27,7 @@ _IN = (3, *_OUT[:-1])
     [
         ("robplug/digits-cnn", (1, 8, 8), (9 + 1) * 16 + (16 * 9 + 1) * 32 + (512 + 1) * 10),
         ("robplug/lenet", (1, 28, 28), 61_706),  # LeCun et al. count 60,000 with C3 partly connected
+        ("robplug/keras-mnist-cnn", (1, 28, 28), 320 + 18_496 + 1_179_776 + 1_290),  # as Keras' summary() lists them
         ("robplug/resnet20", (3, 32, 32), 269_722),  # "0.27M" in He et al. 2016, table 6
         # 9 * in * out weights, out biases, 2 * out of batch norm, for each convolution
         ("robplug/vgg11", (3, 32, 32), sum(9 * i * o + 3 * o for i, o in zip(_IN, _OUT, strict=True)) + 5130),
@@ -37,6 +38,23 @@ def test_sizes(name: str, shape: tuple[int, ...], count: int) -> None:
     model = registry().named_target(name)
     assert parameters(model) == count
     assert model(torch.rand(2, *shape)).shape == (2, 10)
+
+
+def test_the_keras_example_is_its_layers_in_their_order() -> None:
+    """Written down again as a Sequential; dropout acts in train mode, at both places and at its rate."""
+    model = zoo.keras_mnist_cnn().eval()
+    convolutions = (nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25))
+    linear = (nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
+    peer = nn.Sequential(*convolutions, *linear).eval()
+    peer.load_state_dict(dict(zip(peer.state_dict(), model.state_dict().values(), strict=True)))
+    x = torch.rand(4, 1, 28, 28)
+    assert torch.equal(model(x), peer(x))
+    for one in (model.train(), peer.train()):
+        torch.manual_seed(5)
+        drawn = one(x)
+        assert not torch.equal(drawn, one(x))
+    torch.manual_seed(5)
+    assert torch.equal(model(x), drawn)
 
 
 def test_resnet20_has_the_names_of_the_common_release() -> None:

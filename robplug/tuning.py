@@ -56,8 +56,10 @@ def choose(
     3. A trial trains the model as it was given for one epoch. Its factor is too high if the mean cross-entropy of the
        epoch reaches that of a random guess, ln(classes), or if the accuracy on clean held-out samples falls by more
        than the tolerance, or if the training diverges.
-    4. The factor is raised or lowered by 10 until one is known that is too high and one that is not, then halved in
-       between on a logarithmic scale until they are within a factor of 1.25; the smaller one is chosen.
+    4. If the first is not too high, ten times as much is tried, else a tenth of it, a hundredth, a thousandth. What is
+       between the largest that is not too high and the smallest that is gets bisected on a logarithmic scale until they
+       are within a factor of 1.25. The largest that is not too high is chosen; where none of those tried is too high,
+       that is ten times the first, and the record says that there is no ``bracket``.
 
     Each trial is stored, and never made again once it is recorded; where one was interrupted it goes on.
 
@@ -82,11 +84,10 @@ def choose(
     Returns:
         The ``trace`` of ``tune.json``: what was ``tuned``, and the ``tolerance``; ``batches``, the ten penalties, and
         ``R``; ``chance``, ln(classes); ``start``, the first factor; ``clean_accuracy`` before; ``trials`` with
-        ``value``, ``cross_entropy``, ``clean_accuracy`` and ``too_high`` each; ``choice``.
+        ``value``, ``cross_entropy``, ``clean_accuracy`` and ``too_high`` each; ``bracket`` and ``choice``.
 
     Raises:
-        InputError: the field is no factor, there is no penalty, or no factor within three orders of magnitude of the
-            first one borders on those that are too high.
+        InputError: the field is no factor, there is no penalty, or all factors were too high.
         StoreError: ``out`` cannot be used, or its ``tune.json`` is of another tuning.
         KeyboardInterrupt: Ctrl-C; what is finished is stored.
     """
@@ -133,8 +134,10 @@ class _Tuning:
             self._write(record)
             say(_line(number, record["trials"][-1]))
         record["choice"] = max(trial["value"] for trial in record["trials"] if not trial["too_high"])
+        record["bracket"] = any(trial["too_high"] for trial in record["trials"])
         self._write(record)
-        say(f"{self._name} = {record['choice']:.4g}")
+        note = "" if record["bracket"] else ", the largest that is tried: none was too high"
+        say(f"{self._name} = {record['choice']:.4g}{note}")
         return record
 
     @property
@@ -190,6 +193,7 @@ class _Tuning:
             "start": chance / mean,
             "clean_accuracy": _accuracy(logits, self.dataset.y[held]),
             "trials": [],
+            "bracket": None,
             "choice": None,
         }
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from robplug.errors import InputError
 
-DECADES = 3
-"""How many orders of magnitude the factor may be from the first one."""
+LARGEST = 10.0
+"""The largest factor that is tried, as a multiple of the first."""
+SMALLEST = 1e-3
+"""The smallest, likewise."""
 PRECISION = 1.25
 """How far apart, as a ratio, the factor chosen and one that is too high may be."""
 
@@ -23,17 +25,18 @@ def next_value(name: str, start: float, trials: Sequence[Mapping[str, Any]]) -> 
         trials: those made, in order, with ``value`` and ``too_high``.
 
     Raises:
-        InputError: all factors from ``start`` to `DECADES` orders of magnitude away were too high, or none was.
+        InputError: all factors from ``start`` to `SMALLEST` times that were too high.
     """
     good = [float(trial["value"]) for trial in trials if not trial["too_high"]]
     bad = [float(trial["value"]) for trial in trials if trial["too_high"]]
-    if good and bad:
+    if not trials:
+        return start
+    if not bad:
+        return LARGEST * start if len(good) == 1 else None
+    if good:
         low, high = max(good), min(bad)
         return math.sqrt(low * high) if high > PRECISION * low else None
-    if len(trials) <= DECADES:
-        return float(start * 10.0 ** (-len(bad) if bad else len(good)))
-    expected = f"{name} to be too high from some value on, within a factor of {10**DECADES} of {start:g}"
-    if bad:
-        remedy = "train with a lower lr, give a larger tolerance, or begin with a trained model"
-        raise InputError(expected, f"{min(bad):g} as too high already", remedy)
-    raise InputError(expected, f"{max(good):g} without harm", "this penalty hardly acts on the model; choose by hand")
+    if min(bad) > 2 * SMALLEST * start:  # twice: powers of ten are rounded
+        return min(bad) / 10
+    remedy = "train with a lower lr, give a larger tolerance, or begin with a trained model"
+    raise InputError(f"training to bear {name} = {min(bad):.4g}", "a value too high like all that were tried", remedy)

@@ -21,7 +21,7 @@ from robplug.types import Perturbed, ThreatModel
 INSIDE = 1 - 1e-6
 """Share of the bounds' width in which a start lies, so that its inverse tanh is finite."""
 PROGRESS = 0.9999
-"""What a loss must fall to in a tenth of the steps, as a share of what it was, for the sample to go on."""
+"""What a loss must fall below in a tenth of the steps, as a share of what it was, for the sample to go on."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CarliniWagner:
 
     Source: Carlini and Wagner 2017, section VI.A, with the constants' search and the early end of their code.
     Differs: their code, and Foolbox's, ends for the whole batch when the sum of the losses stalls; here each sample
-        leaves on its own account, by the least loss that it had, so that it does not depend on its neighbours.
+        leaves on its own account, so that it does not depend on its neighbours.
 
     Attributes:
         steps: of Adam for each constant.
@@ -43,7 +43,8 @@ class CarliniWagner:
         confidence: lead in logits that is aimed at.
         binary_search_steps: number of constants c.
         initial_const: first c; without success it grows tenfold.
-        abort_early: a sample whose loss has not fallen by 0.01 % in a tenth of the steps is done with this c.
+        abort_early: a sample is done with a c when in a tenth of the steps neither its least loss nor its mean loss has
+            fallen by 0.01 %; off, all steps are taken.
         restarts: number of starts. The first is the sample itself, so that more of them never find a larger distance.
         start_radius: l2 length, in units of the data, of the random changes that the other starts make; each is then
             clipped to the bounds, and so may be shorter.
@@ -134,7 +135,7 @@ class CarliniWagner:
             iterate, loss, gradient = self._gradient(moving)
             reached[moving.rows] |= best.look(moving.rows, iterate, self.confidence)
             moving.step(gradient, loss)
-            if self.abort_early and step % a_tenth == 0 and not moving.drop_stalled():
+            if self.abort_early and (step + 1) % a_tenth == 0 and not moving.drop_stalled():
                 break
         return reached
 
@@ -188,7 +189,8 @@ class _Moving:
         self.width = self._bounds[1] - self._bounds[0]
         self.w = start.clone().requires_grad_()
         self._adam = torch.optim.Adam([self.w], lr=step_size)
-        self._least = self._mark = torch.full_like(const, torch.inf)
+        self._least, self._total = torch.full_like(const, torch.inf), torch.zeros_like(const)
+        self._before = self._least, self._least
 
     def images(self) -> Tensor:
         """Returns the images of w; differentiable."""
@@ -203,20 +205,26 @@ class _Moving:
         """Moves w; ``loss``, (M,), is that of before."""
         self.w.grad = gradient
         self._adam.step()
-        self._least = torch.minimum(self._least, loss)
+        self._least, self._total = torch.minimum(self._least, loss), self._total + loss
 
     def drop_stalled(self) -> bool:
-        """Drops the samples whose least loss has hardly fallen since the last call; returns whether any is left."""
-        going = self._least < PROGRESS * self._mark
-        self._mark = self._least
+        """Drops samples that have made no progress since the last call, as long ago as the one before it.
+
+        Progress is a new least loss, or a smaller mean: a large step size soon finds the first by chance, and Adam
+        settles later. Returns whether any sample is left.
+        """
+        least, total = self._before
+        going = (self._least < PROGRESS * least) | (self._total < PROGRESS * total)
         if not bool(going.all()):
             self._keep(going)
+        self._before = self._least, self._total
+        self._total = torch.zeros_like(self._total)
         return len(self.rows) > 0
 
     def _keep(self, going: Tensor) -> None:
         self.problem = self.problem.select(going)
         self.rows, self.x, self.const = self.rows[going], self.x[going], self.const[going]
-        self._least, self._mark = self._least[going], self._mark[going]
+        self._least, self._total = self._least[going], self._total[going]
         averages, step_size = self._adam.state[self.w], self._adam.defaults["lr"]
         self.w = self.w.detach()[going].requires_grad_()
         self._adam = torch.optim.Adam([self.w], lr=step_size)

@@ -29,7 +29,7 @@ class _AdaptiveCarliniWagner:
         confidence: lead in logits that is aimed at; the paper's high confidence is 5.
         binary_search_steps: number of constants c.
         initial_const: first c; without success it grows tenfold; the paper has 10 for MNIST.
-        abort_early: a sample whose loss has not fallen by 0.01 % in a tenth of the steps is done with this c.
+        abort_early: a sample whose loss stalls is done with this c; without, all steps are taken.
     """
 
     steps: int = 1000

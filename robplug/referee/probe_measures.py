@@ -22,7 +22,7 @@ DIFFERENCE = 1e-3
 """Length in linf of a finite difference, in shares of the range: far above float32's rounding, below a grey level."""
 DIRECTIONS = 3
 NOISE_DRAWS = 20
-UNBOUNDED = Steps(steps=40, step_size=0.0, random_start=True, restarts=2, loss=margin)
+UNBOUNDED_STEPS = 40
 AVERAGED = 8
 """Times that many draws as the plan's are averaged on a stochastic target."""
 
@@ -85,11 +85,10 @@ class Part:
         rng = Rng(self.rng.seed, self.rng.ids)
         return ascend(Problem(target or self.target, self.y, ball, rng), how).x_adv
 
-    @torch.no_grad()
-    def broken(self, x: Tensor) -> Tensor:
-        """Returns (N,) bool: the model gives another class; no answer is none."""
+    def judged(self, x: Tensor) -> Columns:
+        """Returns whether the model gives another class, and whether it gives no number."""
         prediction = self.target.predict(x)
-        return (prediction != self.y) & (prediction >= 0)
+        return {"broken": (prediction != self.y) & (prediction >= 0), "infinite": prediction < 0}
 
 
 @torch.no_grad()
@@ -155,37 +154,34 @@ def differences(part: Part) -> Columns:
 
 
 def unbounded(part: Part) -> Columns:
-    """Attacks with a linf radius of half the range, whatever the threat."""
+    """Attacks with a linf radius of half the range, whatever the threat, from the sample itself: chance has no part."""
     eps = part.range / 2
-    how = Steps(**{**vars(UNBOUNDED), "step_size": 2.5 * eps / UNBOUNDED.steps})
-    return {"broken": part.broken(part.climb(LINF.ball(part.x, eps, part.target.bounds), how))}
+    how = Steps(steps=UNBOUNDED_STEPS, step_size=2.5 * eps / UNBOUNDED_STEPS, loss=margin)
+    return part.judged(part.climb(LINF.ball(part.x, eps, part.target.bounds), how))
 
 
 @torch.no_grad()
 def noise(part: Part) -> Columns:
     """Draws points of the ball."""
-    broken, infinite = torch.zeros((2, len(part.x)), dtype=torch.bool, device=part.x.device)
-    for draw in range(NOISE_DRAWS):
-        x = part.ball.decode(part.ball.random(part.rng.at_restart(draw)))
-        prediction = part.target.predict(x)
-        broken |= (prediction != part.y) & (prediction >= 0)
-        infinite |= prediction < 0
-    return {"broken": broken, "infinite": infinite}
+    draws = [part.judged(part.ball.decode(part.ball.random(part.rng.at_restart(draw)))) for draw in range(NOISE_DRAWS)]
+    return {name: torch.stack([draw[name] for draw in draws]).any(0) for name in draws[0]}
 
 
 def step(part: Part) -> Columns:
     """Takes one gradient step, and looks whether the model still answers."""
-    x = part.climb(part.ball, Steps(steps=1, step_size=part.eps, early_stop=False, loss=margin))
-    return {"infinite": part.target.predict(x) < 0}
+    return part.judged(part.climb(part.ball, Steps(steps=1, step_size=part.eps, early_stop=False, loss=margin)))
 
 
 def steps(part: Part) -> Columns:
     """Runs PGD on the margin with more and more steps."""
     columns: Columns = {}
     for count in STEPS:
-        how = Steps(steps=count, step_size=2.5 * part.eps / count, random_start=True, loss=margin)
+        # what breaks once on a stochastic target need not do so again
+        how = Steps(
+            count, 2.5 * part.eps / count, random_start=True, early_stop=not part.target.stochastic, loss=margin
+        )
         x = part.climb(part.ball, how)
-        columns[f"broken {count}"] = part.broken(x)
+        columns[f"broken {count}"] = part.judged(x)["broken"]
         with torch.no_grad():
             columns[f"margin {count}"] = margin(part.target.logits(x), part.y)
     return columns
@@ -197,11 +193,8 @@ def averaging(part: Part) -> Columns:
         raise NotMeasurableError("the target is not declared stochastic")
     found = {}
     for name, draws in (("once", 1), ("often", AVERAGED)):
-        how = Steps(
-            steps=20, step_size=2.5 * part.eps / 20, early_stop=False, random_start=True, loss=margin, draws=draws
-        )
-        part.target.reset(0)
-        found[name] = part.broken(part.climb(part.ball, how, part.target.for_attack()))
+        how = Steps(20, 2.5 * part.eps / 20, random_start=True, early_stop=False, loss=margin, draws=draws)
+        found[name] = part.judged(part.climb(part.ball, how, part.target.for_attack()))["broken"]
     return found
 
 

@@ -74,13 +74,17 @@ def answers(evidence: Evidence) -> Iterator[Finding]:
         rows += int((cell.column("prediction") < 0).sum())
     if rows:
         yield Finding(INVALID, f"{formats.plural(rows, 'row')} of the cells hold no finite answer", {"rows": rows})
-    for probe, measure in ((evidence.model, "answers"), (evidence.threat, "noise"), (evidence.threat, "step")):
+    for probe, measure, where in (
+        (evidence.model, "answers", "at clean samples or near them"),
+        (evidence.model, "unbounded", "after an unbounded attack"),
+        (evidence.threat, "noise", "under noise"),
+        (evidence.threat, "step", "after one gradient step"),
+    ):
         if probe is not None and measure not in probe.failed:
             rate = share(probe.column(measure, "infinite") > 0)
-            where = {"answers": "near the clean samples", "noise": "under noise", "step": "after one gradient step"}
             if rate.count:
-                told = f"no finite answer for {_of(rate)} samples {where[measure]}"
-                yield Finding(INVALID, told, {"samples": rate.total, measure: rate.count}, probe.eps)
+                told = f"no finite answer for {_of(rate)} samples {where}"
+                yield Finding(INVALID, told, {"infinite": rate.count, "samples": rate.total}, probe.eps)
 
 
 @check(
@@ -169,9 +173,12 @@ def unbounded(evidence: Evidence) -> Iterator[Finding]:
         yield from _not_reached(verdicts.answered & ~verdicts.broken, y, "gradient attacks of the plan", wide[-1])
         return
     probe = evidence.probe_of_model()
-    left, counted = probe.column("unbounded", "broken") == 0, usable(probe)
+    left, counted = (
+        probe.column("unbounded", "broken") == 0,
+        usable(probe) & (probe.column("unbounded", "infinite") == 0),
+    )
     if not counted.any():
-        raise CannotCheckError("no sample has a gradient")
+        raise CannotCheckError("no sample has a gradient and an answer")
     yield from _not_reached(left[counted], probe.y[counted], "PGD on the margin", (high - low) / 2)
 
 

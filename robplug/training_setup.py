@@ -16,6 +16,7 @@ from robplug.data import Dataset
 from robplug.defenses import Defense, Stack
 from robplug.errors import InputError, RobplugError
 from robplug.plugins import registry
+from robplug.tasks import TASKS
 from robplug.training_plan import Options
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def check_data(dataset: Dataset, options: Options, stack: Stack) -> None:
     if not dataset.x.is_floating_point() or dataset.y.dtype != labels:
         expected = f"x of a floating-point dtype and y of {str(labels).removeprefix('torch.')}"
         raise InputError(expected, f"{dataset.x.dtype} and {dataset.y.dtype}")
+    TASKS[dataset.task](None).check(dataset.y, dataset.x)
     if stack.patience is not None and not options.held_out:
         remedy = "pass held_out=0.1, say, or patience=None"
         raise InputError("held-out samples to stop early by", "held_out=0", remedy)

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import SkipTest
 
 import torch
+from torch import Tensor
 
 from robplug.defenses import Defense, Stack
 from robplug.errors import InputError
@@ -14,7 +15,8 @@ from robplug.plugins import registry
 from robplug.registry import resolve
 from robplug.rng import Rng
 from robplug.step import Step
-from robplug.targets import evaluation_mode
+from robplug.targets import Target, evaluation_mode
+from robplug.tasks import TASKS
 from robplug.testing.attack_checks import ATTACK_CHECKS
 from robplug.testing.fixtures import CLASSES, network
 from robplug.testing.norm_checks import NORM_CHECKS
@@ -42,7 +44,7 @@ def checks_for(spec: Spec) -> Iterator[Callable[[Any], None]]:
     if isinstance(spec, DefenseSpec):
         yield from (check_pieces, check_trains)
     if isinstance(spec, TargetSpec):
-        yield check_logits
+        yield check_answers
     if isinstance(spec, DatasetSpec):
         yield check_samples
     if isinstance(spec, NormSpec):
@@ -78,41 +80,53 @@ def check_trains(spec: DefenseSpec) -> None:
     require(logits.isfinite().all(), "after finish, logits are not finite")
 
 
-def check_logits(spec: TargetSpec) -> None:
-    """A model that is listed by name maps images of a usual shape to finite logits, (N, C)."""
+def check_answers(spec: TargetSpec) -> None:
+    """A model that is listed by name answers images of a usual shape: finite logits, or what a detector answers."""
     if spec.accepts:
         raise SkipTest("it turns other objects into targets")
-    if spec.task != "classification":
-        raise SkipTest(f"its task is {spec.task}; only classification is checked")
     members = [registry().target(registry().named_target(BASE))] * {"none": 0, "one": 1, "several": 2}[spec.of]
-    target = registry().target(resolve(spec)(*members, **spec.params))
+    made = resolve(spec)(*members, **spec.params)
+    own = spec.task == "classification" or isinstance(made, Target)
+    target = registry().target(made, **({} if own else {"task": spec.task}))
+    require(target.task == spec.task, f"its task is {target.task}, the Spec says {spec.task}")
     with torch.no_grad(), evaluation_mode(target.module):
         for shape in IMAGES:
             x = torch.full((2, *shape), sum(target.bounds) / 2, dtype=target.dtype, device=target.device)
             try:
-                logits = target.logits(x)
+                answer = target.detections(x) if spec.task == "detection" else target.logits(x)
             except (RuntimeError, InputError):  # another shape is expected
                 continue
-            got = tuple(logits.shape)
-            require(len(got) == 2 and got[0] == 2, f"logits of 2 images have shape {got}, expected (2, classes)")
-            require(logits.isfinite().all(), "logits are not finite")
+            _check_form(spec.task, answer, x)
+            require(answer.isfinite().all(), "its answers are not finite")
             return
     raise SkipTest(f"it takes images of none of the shapes {', '.join(map(str, IMAGES))}")
 
 
+def _check_form(task: str, answer: Tensor, x: Tensor) -> None:
+    got = tuple(answer.shape)
+    fits, expected = {
+        "classification": (len(got) == 2, "logits of 2 images have shape {}, expected (2, classes)"),
+        "segmentation": (got[2:] == x.shape[2:], "logits of 2 images have shape {}, expected (2, classes, H, W)"),
+        "detection": (len(got) == 3 and got[2] == 6, "detections of 2 images have shape {}, expected (2, D, 6)"),
+    }[task]
+    require(got[0] == 2 and fits, expected.format(got))
+
+
 def check_samples(spec: DatasetSpec) -> None:
-    """Samples are float32 inside the bounds, labels int64 and one per sample."""
+    """Samples are float32 inside the bounds, and there are labels of the Spec's task for each."""
     try:
         data = resolve(spec)(**spec.params)
     except InputError as error:  # its files are not here
         raise SkipTest(str(error)) from error
     require(data.x.dtype == torch.float32, f"x is {data.x.dtype}, expected float32")
-    require(data.y.dtype == torch.int64, f"y is {data.y.dtype}, expected int64")
-    require(data.y.shape == data.x.shape[:1], f"y has shape {tuple(data.y.shape)}, x {tuple(data.x.shape)}")
+    require(data.task == spec.task, f"its task is {data.task}, the Spec says {spec.task}")
     low, high = data.bounds
     got = float(data.x.min()), float(data.x.max())
     require(low <= got[0] and got[1] <= high, f"x has values in {got}, the bounds are {data.bounds}")
-    classes = len(data.class_names)
-    highest = int(data.y.max())
-    require(int(data.y.min()) >= 0, "a label is negative")
-    require(not classes or highest < classes, f"a label is {highest}, and there are {classes} class names")
+    for task in (data.task, *data.others):
+        labels, expected = data.labels(task), torch.float32 if task == "detection" else torch.int64
+        require(labels.dtype == expected, f"labels are {labels.dtype}, expected {expected}")
+        try:
+            TASKS[task](len(data.class_names) or None).check(labels, data.x)
+        except InputError as error:
+            require(False, str(error))

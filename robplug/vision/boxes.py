@@ -7,18 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from robplug.tasks import overlap
+
 LARGEST_GROWTH = math.log(1000 / 16)
 """Largest logarithm by which a network's offsets may change a width, as in other implementations."""
-
-
-def overlaps(one: Tensor, other: Tensor) -> Tensor:
-    """Returns the IoU of each pair of boxes, (..., A, 4) and (..., B, 4) to (..., A, B); boxes without area have 0."""
-    low = torch.maximum(one[..., :, None, :2], other[..., None, :, :2])
-    high = torch.minimum(one[..., :, None, 2:], other[..., None, :, 2:])
-    common = (high - low).clamp_min(0).prod(-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp_min(0).prod(-1) for boxes in (one, other)]
-    union = areas[0][..., :, None] + areas[1][..., None, :] - common
-    return common / union.clamp_min(torch.finfo(union.dtype).tiny)
 
 
 def survivors(boxes: Tensor, alive: Tensor, threshold: float) -> Tensor:
@@ -35,7 +27,7 @@ def survivors(boxes: Tensor, alive: Tensor, threshold: float) -> Tensor:
     Returns:
         (N, R) bool, the boxes that are kept.
     """
-    hides = (overlaps(boxes, boxes) > threshold).triu(1) & alive[:, :, None]
+    hides = (overlap(boxes, boxes) > threshold).triu(1) & alive[:, :, None]
     kept = alive
     while True:
         again = alive & ~(hides & kept[:, :, None]).any(1)

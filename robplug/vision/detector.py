@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robplug.vision.boxes import decode, encode, overlaps, survivors
+from robplug.tasks import PADDING, overlap
+from robplug.vision.boxes import decode, encode, survivors
 from robplug.vision.nets import conv_block
 from robplug.vision.protocol import Proposals
 from robplug.zoo import BasicBlock
@@ -76,11 +77,11 @@ class AnchorDetector(nn.Module):
         boxes = _rows(self._boxes(offsets, x)[:, None].expand(-1, self.classes - 1, -1, -1), order)
         kept = survivors(boxes.flatten(0, 1), (scores >= SCORE_THRESHOLD).flatten(0, 1), DETECTION_NMS)
         labels = torch.arange(1, self.classes, device=x.device)[:, None].expand_as(scores)
-        labels = labels.masked_fill(~kept.view_as(scores), -1)
+        labels = labels.masked_fill(~kept.view_as(scores), PADDING)
         rows = torch.cat([boxes, scores[..., None], labels[..., None]], -1).flatten(1, 2)
-        rows[rows[..., 5] == -1] = -1.0
+        rows[rows[..., 5] == PADDING] = PADDING
         best = rows[..., 4].argsort(dim=1, descending=True, stable=True)[:, :DETECTIONS]
-        return F.pad(_rows(rows, best), (0, 0, 0, DETECTIONS - best.shape[1]), value=-1.0)
+        return F.pad(_rows(rows, best), (0, 0, 0, DETECTIONS - best.shape[1]), value=PADDING)
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns (N,) the loss of each image: cross-entropy and smooth L1 per matched anchor.
@@ -124,8 +125,8 @@ def _match(anchors: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     An anchor learns the object that it overlaps most; an object's best anchor learns that object in any case.
     """
-    real = y[..., 4] != -1
-    iou = overlaps(anchors, y[..., :4]).masked_fill(~real[:, None], 0.0)
+    real = y[..., 4] != PADDING
+    iou = overlap(anchors[None], y[..., :4]).masked_fill(~real[:, None], 0.0)
     iou = iou.scatter_add(1, iou.argmax(1, keepdim=True), real[:, None].to(iou.dtype))
     best, which = iou.max(2)
     labels = y[..., 4].gather(1, which).long()

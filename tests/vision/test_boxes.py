@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robplug.vision.boxes import decode, encode, overlaps, survivors
+from robplug.tasks import overlap
+from robplug.vision.boxes import decode, encode, survivors
 
 
 def random_boxes(*shape: int) -> Tensor:
@@ -32,12 +33,12 @@ def greedy(boxes: list[list[float]], alive: list[bool], threshold: float) -> lis
 def test_overlaps_are_those_of_each_pair() -> None:
     one, other = random_boxes(3, 5).double(), random_boxes(3, 7).double()
     expected = [[[iou(a, b) for b in y] for a in x] for x, y in zip(one.tolist(), other.tolist(), strict=True)]
-    torch.testing.assert_close(overlaps(one, other), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(overlap(one, other), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_boxes_without_area_overlap_nothing() -> None:
-    empty = torch.tensor([[-1.0, -1, -1, -1], [5, 5, 5, 9]])
-    assert not overlaps(empty, torch.cat([empty, torch.tensor([[0.0, 0, 10, 10]])])).any()
+    empty = torch.tensor([[[-1.0, -1, -1, -1], [5, 5, 5, 9]]])
+    assert not overlap(empty, torch.cat([empty, torch.tensor([[[0.0, 0, 10, 10]]])], 1)).any()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.9])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import robplug
 from robplug.plugins import registry
 from robplug.targets import evaluation_mode
+from robplug.tasks import overlap
 from robplug.vision import detector
-from robplug.vision.boxes import encode, overlaps
+from robplug.vision.boxes import encode
 from robplug.vision.detector import AnchorDetector
 from robplug.vision.protocol import Detector
 from robplug.vision.shapes import shapes
@@ -36,7 +37,7 @@ def test_proposals_are_sorted_padded_and_differentiable(name: str) -> None:
     for boxes, logits, valid in zip(found.boxes, found.logits, found.valid, strict=True):
         background = logits.softmax(1)[valid, 0]
         assert torch.equal(background, background.sort().values)
-        assert not overlaps(boxes[valid], boxes[valid]).triu(1).gt(model.nms_threshold).any()
+        assert not overlap(boxes[None, valid], boxes[None, valid])[0].triu(1).gt(model.nms_threshold).any()
         assert torch.equal(valid, valid.sort(descending=True, stable=True).values)
     (gradient,) = torch.autograd.grad(found.logits[found.valid].sum(), x)
     assert gradient.abs().flatten(1).sum(1).gt(0).all()
@@ -98,7 +99,10 @@ def test_detections_are_those_of_a_plain_loop() -> None:
         for label in (1, 2):
             kept: list[int] = []
             for anchor in scores[:, label].argsort(descending=True).tolist():
-                free = all(overlaps(boxes[image, [anchor]], boxes[image, [other]]) <= 0.5 for other in kept)
+                free = all(
+                    overlap(boxes[image : image + 1, [anchor]], boxes[image : image + 1, [other]]) <= 0.5
+                    for other in kept
+                )
                 if scores[anchor, label] >= 0.05 and free:
                     kept.append(anchor)
                     expected.append([*boxes[image, anchor].tolist(), float(scores[anchor, label]), label])
@@ -116,7 +120,7 @@ def test_no_detection_at_all() -> None:
 def loss_by_hand(logits: Tensor, offsets: Tensor, anchors: Tensor, rows: Tensor) -> Tensor:
     """The loss of one image, anchor by anchor."""
     real = rows[rows[:, 4] != -1]
-    iou = overlaps(anchors, real[:, :4])
+    iou = overlap(anchors[None], real[None, :, :4])[0]
     forced = {int(iou[:, box].argmax()): box for box in range(len(real))}
     positive, negative, loss = 0, [], torch.zeros(())
     for anchor in range(len(anchors)):

@@ -19,10 +19,10 @@ from robplug.errors import InputError
 from robplug.plugins import registry
 from robplug.rng import Rng
 from robplug.step import Step, accuracy, cross_entropy
+from robplug.tasks import overlap
 from robplug.training import fit
 from robplug.training_plan import Options, run_train_plan
 from robplug.training_setup import split_rows
-from robplug.vision.boxes import overlaps
 from robplug.vision.shapes import shapes, shapes_boxes
 
 
@@ -181,7 +181,7 @@ def test_detectors_find_the_shapes(model: str, tmp_path: Path) -> None:
     hits, sure, objects = 0, 0, 0
     for detections, boxes in zip(found, data.y, strict=True):
         detections, boxes = detections[detections[:, 4] >= 0.5], boxes[boxes[:, 4] != -1]
-        iou = overlaps(detections[:, :4], boxes[:, :4]) >= 0.5
+        iou = overlap(detections[None, :, :4], boxes[None, :, :4])[0] >= 0.5
         hits += int((iou & (detections[:, None, 5] == boxes[None, :, 4])).any(0).sum())
         sure, objects = sure + len(detections), objects + len(boxes)
     assert hits > 0.9 * objects and sure < 2 * objects

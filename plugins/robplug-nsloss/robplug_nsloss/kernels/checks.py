@@ -59,23 +59,32 @@ def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Seq
     if len(sums) != len(noisy):
         raise ValueError(f"expected a sum for each of {len(noisy)} layers, got {len(sums)}")
     for number, (total, layer) in enumerate(zip(sums, noisy, strict=True)):
-        wanted = (layer.shape, torch.int8, layer.device)
-        if (total.shape, total.dtype, total.device) != wanted:
-            remedy = f"make it by torch.empty_like(noisy[{number}], dtype=torch.int8)"
-            got = f"{tuple(total.shape)} of {total.dtype} on {total.device}"
-            expected = f"{tuple(layer.shape)} of torch.int8 on {layer.device}"
-            raise ValueError(f"expected sums[{number}] {expected}, got {got}; {remedy}")
+        _counted(f"sums[{number}]", total, f"noisy[{number}]", layer)
     if not 0 <= draw < DRAWS:
         limit = f"an int8 sums the signs of {DRAWS} draws"
         raise ValueError(f"expected 0 <= draw < {DRAWS}, got {draw}; {limit}: take fewer or begin other sums")
 
 
-def add_signs(g: Tensor | None, clean: Tensor, noisy: Tensor, weight: Tensor) -> None:
+def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> None:
     """Checks the arguments of add_signs."""
-    mean_abs_difference([clean], [noisy])
+    _floating("g", g)
+    surrogate([g], [signs])
     _scalar("weight", weight)
-    if g is not None:
-        _alike("g", g, "noisy", noisy)
+
+
+def surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> None:
+    """Checks the arguments of sign_surrogate."""
+    if len(layers) != len(signs) or not layers:
+        raise ValueError(f"expected signs for each layer and at least one, got {len(signs)} for {len(layers)} layers")
+    for number, (layer, sign) in enumerate(zip(layers, signs, strict=True)):
+        _counted(f"signs[{number}]", sign, f"layers[{number}]", layer)
+
+
+def _counted(name: str, signs: Tensor, layer_name: str, layer: Tensor) -> None:
+    if (signs.shape, signs.dtype, signs.device) != (layer.shape, torch.int8, layer.device):
+        wanted, got = f"{tuple(layer.shape)} of torch.int8 on {layer.device}", f"{tuple(signs.shape)} of {signs.dtype}"
+        remedy = f"make it by torch.empty_like({layer_name}, dtype=torch.int8)"
+        raise ValueError(f"expected {name} {wanted}, got {got} on {signs.device}; {remedy}")
 
 
 def _floating(name: str, x: Tensor) -> None:

@@ -39,7 +39,8 @@ def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
 
     Source: Fidel et al. 2020, section III-A, Algorithm 1 (perturbations of norm NsEps).
     """
-    return _call("sphere_noise", x, noise, float(radius))
+    out: Tensor = _call("sphere_noise", x, noise, float(radius))
+    return out
 
 
 def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Tensor:
@@ -68,14 +69,14 @@ def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Ten
 def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int) -> Tensor:
     """Returns mean |noisy - clean| of each layer and adds sign(noisy - clean) to sums, in one pass over the layers.
 
-    After N draws, sums / numel is the negative gradient of the summed means with respect to ``clean``, so that the
-    gradient of N draws needs the graph of one at a time::
+    After N draws, -sums / numel is the gradient of the summed means in ``clean``, so that the gradient of N draws needs
+    the graph of one at a time::
 
         for draw in range(draws):
             noisy = activations(sphere_noise(x, torch.randn_like(x), radius))
             means = accumulate_signs(clean, noisy, sums, draw)
             means.sum().backward()  # the side of the noisy activations
-        torch.autograd.backward(clean, [-total / total.numel() for total in sums])
+        (-sign_surrogate(clean, sums).sum()).backward()
 
     Args:
         clean: L activations of any shapes and strides, float16, bfloat16, float32 or float64; taken as constants.
@@ -86,41 +87,63 @@ def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Seq
     Returns:
         (L,), float64 where a layer is, float32 otherwise.
 
-    Differentiable: once, in noisy, by sign(noisy - clean) / numel with sign(0) = 0. The gradient of a layer that others
-        are computed from is added by a hook when theirs have arrived, so that not all of them are held at once. A graph
-        that is kept must be gone through in the same way again.
+    Differentiable: once, in noisy, by sign(noisy - clean) / numel with sign(0) = 0, as `sign_surrogate`.
 
     Raises:
         TypeError: a layer is not of a floating dtype.
         ValueError: there are no layers, one is empty, draw is not from 0 to 126, or shapes, dtypes or devices do not
             fit.
-        RuntimeError: in the backward pass, if autograd has no gradient for a layer that others are computed from.
 
     Source: Fidel et al. 2020, section III-A, Algorithm 1, whose weighting cancels.
     """
-    clean, sums = [layer.detach() for layer in clean], list(sums)
-    if not (torch.is_grad_enabled() and any(layer.requires_grad for layer in noisy)):
-        return _call("accumulate_signs", clean, list(noisy), sums, draw)
-    inner = _inner(noisy)
-    waiting: dict[int, tuple[Tensor, ...]] = {}
-    means: Tensor = _Signs.apply(clean, sums, draw, inner, waiting, *noisy)  # type: ignore[no-untyped-call]
-    for number in inner:
-        noisy[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
+    means, signs = _call(
+        "accumulate_signs", *([layer.detach() for layer in some] for some in (clean, noisy, sums)), draw
+    )
+    if torch.is_grad_enabled() and any(layer.requires_grad for layer in noisy):
+        return means + sign_surrogate(noisy, signs)
     return means
 
 
-def _call(name: str, *args: Any) -> Tensor:
+def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
+    """Returns zeros, one a layer, with the gradient signs / numel in the layer.
+
+    A layer that others are computed from gets its gradient by a hook when theirs has arrived, so that beside int8 signs
+    no more than one is held at once. A graph that is kept must be gone through in the same way again.
+
+    Args:
+        layers: L activations of any shapes and strides, float16, bfloat16, float32 or float64.
+        signs: L int8 tensors of the same shapes, such as the sums of `accumulate_signs`.
+
+    Returns:
+        (L,), float64 where a layer is, float32 otherwise.
+
+    Differentiable: once, in layers.
+
+    Raises:
+        ValueError: there are no layers, or shapes, dtypes or devices do not fit.
+        RuntimeError: in the backward pass, if autograd has no gradient for a layer that others are computed from.
+    """
+    checks.surrogate(layers, signs)
+    inner = _inner(layers)
+    waiting: dict[int, tuple[Tensor, Tensor]] = {}
+    zeros: Tensor = _Surrogate.apply(list(signs), inner, waiting, *layers)  # type: ignore[no-untyped-call]
+    for number in inner:
+        layers[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
+    return zeros
+
+
+def _call(name: str, *args: Any) -> Any:
     """Calls an operator, or on the CPU the reference itself: for a small layer, the call costs more than the layer."""
-    tensor = args[1] if isinstance(args[1], Tensor) else next(iter(args[1]), None)
-    if torch.compiler.is_compiling() or (tensor is not None and not tensor.is_cpu):
-        out: Tensor = getattr(torch.ops.robplug_nsloss, name)(*args)
-        return out
+    first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
+    if torch.compiler.is_compiling() or (first is not None and not first.is_cpu):
+        return getattr(torch.ops.robplug_nsloss, name)(*args)
     getattr(checks, name)(*args)
-    return getattr(reference, name)(*args)  # type: ignore[no-any-return]
+    return getattr(reference, name)(*args)
 
 
-def _means(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) -> Tensor:
-    return noisy[0].new_empty(len(noisy), dtype=reference.accumulator(*noisy))
+def _means_and_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) -> tuple[Tensor, list[Tensor]]:
+    means = noisy[0].new_empty(len(noisy), dtype=reference.accumulator(*noisy))
+    return means, [torch.empty_like(layer, dtype=torch.int8) for layer in noisy]
 
 
 def _gradients(_: Tensor, clean: Sequence[Tensor], noisy: Sequence[Tensor], both: bool) -> list[Tensor]:
@@ -146,16 +169,16 @@ _mean_abs_difference_backward = operator(
     _gradients,
 )
 _accumulate_signs = operator(
-    "accumulate_signs(Tensor[] clean, Tensor[] noisy, Tensor(a!)[] sums, int draw) -> Tensor",
+    "accumulate_signs(Tensor[] clean, Tensor[] noisy, Tensor(a!)[] sums, int draw) -> (Tensor, Tensor[])",
     reference,
     checks.accumulate_signs,
-    _means,
+    _means_and_signs,
 )
 _add_signs = operator(
-    "add_signs(Tensor? g, Tensor clean, Tensor noisy, Tensor weight) -> Tensor",
+    "add_signs(Tensor g, Tensor signs, Tensor weight) -> Tensor",
     reference,
     checks.add_signs,
-    lambda g, clean, noisy, weight: torch.empty_like(noisy),
+    lambda g, *_: torch.empty_like(g),
 )
 
 
@@ -176,38 +199,32 @@ _sphere_noise.register_autograd(lambda ctx, g: (g, None, None))
 _mean_abs_difference.register_autograd(_difference_backward, setup_context=_setup_difference)
 
 
-class _Signs(torch.autograd.Function):
-    """The means of the layers; their gradients, but for those that wait for a hook."""
+class _Surrogate(torch.autograd.Function):
+    """Zeros; the gradients of the layers, but for those that wait for a hook."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        clean: list[Tensor],
-        sums: list[Tensor],
-        draw: int,
-        inner: list[int],
-        waiting: dict[int, tuple[Tensor, ...]],
-        *noisy: Tensor,
+        ctx: Any, signs: list[Tensor], inner: list[int], waiting: dict[int, tuple[Tensor, Tensor]], *layers: Tensor
     ) -> Tensor:
         ctx.inner, ctx.waiting = inner, waiting
-        ctx.save_for_backward(*clean, *noisy)
-        return _call("accumulate_signs", clean, list(noisy), sums, draw)
+        ctx.dtypes = [layer.dtype for layer in layers]
+        ctx.save_for_backward(*signs)
+        return layers[0].new_zeros(len(layers), dtype=reference.accumulator(*layers))
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        layers = len(g)
-        found: list[Tensor | None] = [None] * layers
-        pairs = zip(ctx.saved_tensors[:layers], ctx.saved_tensors[layers:], g.unbind(), strict=True)
-        for number, (clean, noisy, weight) in enumerate(pairs):
+        found: list[Tensor | None] = [None] * len(g)
+        for number, (signs, weight) in enumerate(zip(ctx.saved_tensors, g.unbind(), strict=True)):
             if number in ctx.inner:
-                ctx.waiting[number] = clean, noisy.detach(), weight
-            elif ctx.needs_input_grad[5 + number]:
-                found[number] = _call("add_signs", None, clean, noisy.detach(), weight)
-        return None, None, None, None, None, *found
+                ctx.waiting[number] = signs, weight
+            elif ctx.needs_input_grad[3 + number]:
+                zeros = torch.zeros_like(signs, dtype=ctx.dtypes[number])
+                found[number] = _call("add_signs", zeros, signs, weight)
+        return None, None, None, *found
 
 
-def _hook(number: int, waiting: dict[int, tuple[Tensor, ...]]) -> Callable[[Tensor | None], Tensor | None]:
+def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[Tensor | None], Tensor | None]:
     """Returns what adds a layer's own gradient to the one that arrives from the layers behind it.
 
     It must not hold the layer, which holds it.
@@ -216,11 +233,12 @@ def _hook(number: int, waiting: dict[int, tuple[Tensor, ...]]) -> Callable[[Tens
     def hook(g: Tensor | None) -> Tensor | None:
         if number not in waiting:
             return None
-        clean, noisy, weight = waiting.pop(number)
+        signs, weight = waiting.pop(number)
         if g is None:
             remedy = "a function behind it returns None for it: return zeros there, or leave the layer out"
             raise RuntimeError(f"expected a gradient for layer {number} from the layers behind it, got None; {remedy}")
-        return _call("add_signs", g.detach(), clean, noisy, weight)
+        found: Tensor = _call("add_signs", g.detach(), signs, weight)
+        return found
 
     return hook
 

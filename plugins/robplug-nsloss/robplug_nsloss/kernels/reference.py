@@ -43,7 +43,7 @@ def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
 def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Tensor:
     """Returns the sum over the layers of mean |noisy - clean|, ()."""
     totals = [
-        torch.stack([piece.abs_().sum() for piece, *_ in _differences(one, other)]).sum() / one.numel()
+        _mean([piece.abs_().sum() for piece, *_ in _differences(one, other)], one)
         for one, other in zip(clean, noisy, strict=True)
     ]
     return _stacked(totals, noisy).sum()
@@ -53,36 +53,45 @@ def mean_abs_difference_backward(
     g: Tensor, clean: Sequence[Tensor], noisy: Sequence[Tensor], both: bool
 ) -> list[Tensor]:
     """Returns the gradients of ``noisy``, g * sign(noisy - clean) / numel, and then, if wanted, those of ``clean``."""
-    grads = [add_signs(None, one, other, g) for one, other in zip(clean, noisy, strict=True)]
+    grads = []
+    for one, other in zip(clean, noisy, strict=True):
+        out = torch.empty_like(other)
+        for piece, result in _differences(one, other, out):
+            result.copy_(piece.sign_().mul_(g.item() / other.numel()))
+        grads.append(out)
     return grads + [grad.neg() for grad in grads] if both else grads
 
 
-def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int) -> Tensor:
-    """Returns mean |noisy - clean| a layer, (L,), and adds sign(noisy - clean) to its sum, which draw 0 overwrites."""
-    means = []
-    for one, other, total in zip(clean, noisy, sums, strict=True):
+def accumulate_signs(
+    clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns mean |noisy - clean| a layer, (L,), and sign(noisy - clean), which is added to sums; draw 0 sets them."""
+    means, signs = [], [torch.empty_like(layer, dtype=torch.int8) for layer in noisy]
+    for one, other, total, sign in zip(clean, noisy, sums, signs, strict=True):
         laid = alike(total, other)
         parts = []
-        for piece, signs in _differences(one, other, laid):
+        for piece, sum_part, sign_part in _differences(one, other, laid, sign):
+            sign_part.copy_(piece.sign())
             if draw == 0:
-                signs.copy_(piece.sign())
+                sum_part.copy_(sign_part)
             else:
-                signs.add_(piece.sign().to(torch.int8))
+                sum_part.add_(sign_part)
             parts.append(piece.abs_().sum())
-        means.append(torch.stack(parts).sum() / other.numel())
+        means.append(_mean(parts, other))
         if laid is not total:
             total.copy_(laid)
-    return _stacked(means, noisy)
+    return _stacked(means, noisy), signs
 
 
-def add_signs(g: Tensor | None, clean: Tensor, noisy: Tensor, weight: Tensor) -> Tensor:
-    """Returns g + weight * sign(noisy - clean) / numel, where no g counts as 0."""
-    out = torch.empty_like(noisy)
-    scale = weight.item() / noisy.numel()
-    rest = [out] if g is None else [out, alike(g, noisy)]
-    for piece, result, *given in _differences(clean, noisy, *rest):
-        signs = piece.sign_()
-        result.copy_(torch.add(given[0], signs, alpha=scale) if given else signs.mul_(scale))
+def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
+    """Returns g + weight * signs / numel, with the dtype of g."""
+    dtype, scale, out = accumulator(g), weight.item() / g.numel(), torch.empty_like(g)
+    tensors = (out, alike(g, g), alike(signs, g))
+    for result, part, sign in zip(*(flat(tensor).split(CHUNK) for tensor in tensors), strict=True):
+        if g.dtype == dtype:
+            torch.add(part, sign.to(dtype), alpha=scale, out=result)
+        else:
+            result.copy_(part.to(dtype).add_(sign, alpha=scale))
     return out
 
 
@@ -92,6 +101,10 @@ def _differences(clean: Tensor, noisy: Tensor, *others: Tensor) -> Iterator[tupl
     tensors = (alike(noisy, noisy), alike(clean, noisy), *others)
     for second, first, *parts in zip(*(flat(tensor).split(CHUNK) for tensor in tensors), strict=True):
         yield second.to(dtype) - first, *parts
+
+
+def _mean(sums: list[Tensor], layer: Tensor) -> Tensor:
+    return torch.stack(sums).sum() / layer.numel()
 
 
 def _stacked(means: list[Tensor], layers: Sequence[Tensor]) -> Tensor:

@@ -58,6 +58,7 @@ def _difference_kernel(
     if WRITE:
         sums = tl.load(row + ADDRESSES + 2).to(tl.pointer_type(tl.int8))
         signs = _signs(difference)
+        tl.store(tl.load(row + ADDRESSES + 3).to(tl.pointer_type(tl.int8)) + at, signs, mask=inside)
         if ADD:
             signs += tl.load(sums + at, mask=inside, other=0)
         tl.store(sums + at, signs, mask=inside)
@@ -94,16 +95,11 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _add_signs_kernel(
-    g, clean, noisy, out, weight, size,
-    HAS_G: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _add_signs_kernel(g, signs, out, weight, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    difference = tl.load(noisy + at, mask=inside, other=0.0).to(ACC)
-    difference -= tl.load(clean + at, mask=inside, other=0.0).to(ACC)
-    total = _signs(difference).to(ACC) * (tl.load(weight).to(ACC) / size)
-    if HAS_G:
-        total += tl.load(g + at, mask=inside, other=0.0).to(ACC)
+    total = tl.load(signs + at, mask=inside, other=0).to(ACC) * (tl.load(weight).to(ACC) / size)
+    total += tl.load(g + at, mask=inside, other=0.0).to(ACC)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -170,19 +166,20 @@ def sphere_noise(x: Tensor, noise: Tensor, radius: float, block: int = BLOCK, wh
 
 def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor], block: int = BLOCK) -> Tensor:
     """See `robplug_nsloss.kernels.reference.mean_abs_difference`."""
-    return _means(clean, noisy, None, 0, block).sum()
+    return _means([clean, noisy], 0, block).sum()
 
 
 def accumulate_signs(
     clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int, block: int = BLOCK
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """See `robplug_nsloss.kernels.reference.accumulate_signs`."""
+    signs = [torch.empty_like(layer, dtype=torch.int8) for layer in noisy]
     laid = [alike(total, layer) for total, layer in zip(sums, noisy, strict=True)]
-    means = _means(clean, noisy, laid, draw, block)
+    means = _means([clean, noisy, laid, signs], draw, block)
     for total, found in zip(sums, laid, strict=True):
         if found is not total:
             total.copy_(found)
-    return means
+    return means, signs
 
 
 def mean_abs_difference_backward(
@@ -195,25 +192,22 @@ def mean_abs_difference_backward(
     return [grad for grads in found for grad in grads]
 
 
-def add_signs(g: Tensor | None, clean: Tensor, noisy: Tensor, weight: Tensor, block: int = BLOCK) -> Tensor:
+def add_signs(g: Tensor, signs: Tensor, weight: Tensor, block: int = BLOCK) -> Tensor:
     """See `robplug_nsloss.kernels.reference.add_signs`."""
-    out, size, acc = torch.empty_like(noisy), noisy.numel(), _ACC[accumulator(noisy)]
-    tensors = [alike(tensor, noisy) for tensor in (noisy if g is None else g, clean, noisy)]
+    out, size, acc = torch.empty_like(g), g.numel(), _ACC[accumulator(g)]
     with torch.cuda.device_of(out):
         grid = (triton.cdiv(size, block),)
-        _add_signs_kernel[grid](*tensors, out, weight, size, HAS_G=g is not None, ACC=acc, BLOCK=block)
+        _add_signs_kernel[grid](alike(g, g), alike(signs, g), out, weight, size, ACC=acc, BLOCK=block)
     return out
 
 
-def _means(
-    clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor] | None, draw: int, block: int
-) -> Tensor:
-    """Returns the means of the layers' differences, (L,), and adds the signs to sums where there are any."""
+def _means(lists: Sequence[Sequence[Tensor]], draw: int, block: int) -> Tensor:
+    """Returns the means of the layers' differences, (L,); writes sums and signs where lists has them."""
+    noisy = lists[1]
     means = noisy[0].new_empty(len(noisy), dtype=accumulator(*noisy))
-    lists = [clean, noisy] if sums is None else [clean, noisy, sums]
     for work in _shared_out(lists, block):
         partial = means.new_empty(work.programs, dtype=accumulator(work.example))
-        work.launch(_difference_kernel, partial, ADD=draw > 0, WRITE=sums is not None)
+        work.launch(_difference_kernel, partial, ADD=draw > 0, WRITE=len(lists) > 2)
         work.finish(partial, means)
     return means
 

@@ -149,7 +149,8 @@ def run_train_plan(
     """
     from robplug.isolation import seeded_globals
     from robplug.plugins import registry
-    from robplug.referee.load import make_dataset, make_target, state_digest
+    from robplug.referee.digests import state_digest
+    from robplug.referee.load import make_dataset, make_target
     from robplug.training import WEIGHTS, fit
     from robplug.training_setup import sub_seed
     from robplug.tuning import TOLERANCE, choose

@@ -171,11 +171,14 @@ class Perturbed:
         x_adv: shape, dtype and device of x.
         witness: what else a norm needs to measure the distance (a flow, say); first axis N.
         claim: (N,) bool, the attack's own opinion of its success, or None if it has none. It is shown, never used.
+        trace: (N, T) what the attack followed step by step, such as the number of targets that are still active, or
+            None. It is shown, never used.
     """
 
     x_adv: torch.Tensor
     witness: torch.Tensor | None = None
     claim: torch.Tensor | None = None
+    trace: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from robplug import hookspecs
 from robplug.errors import InputError, RobplugError, UnknownNameError
 from robplug.plugins import Plugin, load, registry
-from robplug.referee.load import plugin_digest
+from robplug.referee.digests import plugin_digest
 from robplug.referee.plan_tables import TargetEntry
 from robplug.registry import KINDS, Registry, canonical_settings, check_params, resolve_path
 from robplug.testing.checks import checks_for

@@ -1,21 +1,18 @@
-"""Cells: a plan's targets x datasets x attacks x threats x seeds, and the key under which each is stored."""
+"""Cells: a plan's targets x datasets x attacks x threats x seeds, and those that judge others' samples."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from robplug.errors import InputError, PlanError, UnknownNameError
 from robplug.referee.plan import Plan
-from robplug.referee.plan_tables import AttackEntry, DatasetEntry, TargetEntry, ThreatEntry
+from robplug.referee.plan_tables import AttackEntry, DatasetEntry, Mixture, TargetEntry, ThreatEntry
 from robplug.registry import Registry, canonical_settings, check_params
 from robplug.types import AttackSpec, ThreatModel
-
-KEY_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class Cell:
         timeout_s: time limit of a chunk.
         swept: the parameter over which the plan sweeps, or "".
         source: the cell whose adversarial samples are judged here on another target; None where they are made.
+        added: further cells whose perturbations are added to those of the source.
+        permuted: whether the rows and columns of the perturbation come in random order.
     """
 
     index: int
@@ -55,6 +54,19 @@ class Cell:
     timeout_s: float | None
     swept: str = ""
     source: Cell | None = None
+    added: tuple[Cell, ...] = ()
+    permuted: bool = False
+
+    @property
+    def sources(self) -> tuple[Cell, ...]:
+        """The cells whose adversarial samples are judged here."""
+        return () if self.source is None else (self.source, *self.added)
+
+    @property
+    def source_name(self) -> str | None:
+        """How tables call what was attacked, None where it is the target."""
+        parts = tuple(cell.target.name for cell in self.sources)
+        return Mixture(parts, self.permuted).name if parts else None
 
 
 def expand(
@@ -76,11 +88,13 @@ def expand(
     _check_names(plan, registry, where)
     entries = {entry.name: entry for entry in plan.all_targets()}
     for target in plan.attacked():
+        attacks = [entry for entry in plan.attacks if entry.targets is None or target.name in entry.targets]
         victims = [entries[victim] for source, victim in plan.pairs() if source == target.name]
         for place, dataset in enumerate(plan.datasets):
             box = bounds[place] if bounds else (0.0, 1.0)
-            for number, entry in enumerate(plan.attacks):
-                for found in _of_attack(plan, entry, box, registry, f"{where}: attacks[{number}]"):
+            for entry in attacks:
+                key = f"{where}: attacks[{plan.attacks.index(entry)}]"
+                for found in _of_attack(plan, entry, box, registry, key):
                     for seed in plan.seed:
                         made = Cell(index=len(cells), target=target, dataset=dataset, seed=seed, **found)
                         cells.append(made)
@@ -89,7 +103,43 @@ def expand(
                             for place, victim in enumerate(victims)
                         ]
     _check_adaptive(plan, cells, where)
-    return cells
+    return [*cells, *_mixed(plan, cells, entries, where)]
+
+
+def _mixed(plan: Plan, cells: Sequence[Cell], entries: Mapping[str, TargetEntry], where: str) -> Iterator[Cell]:
+    """Yields the cells of sums and permutations, which come after all that they are made of."""
+    count = len(cells)
+    made = [cell for cell in cells if cell.source is None]
+    for mixture, victim in plan.mixtures():
+        for first in made:
+            if first.target.name != mixture.parts[0]:
+                continue
+            group = [_counterpart(first, made, name, where) for name in mixture.parts]
+            if len(group) > 1 and first.threat.eps is not None:
+                remedy = "use an attack that looks for the smallest distance, such as dag/segmentation"
+                raise PlanError(
+                    f"{where}: transfer.sums", f"a sum of {first.label} leaves the ball of its threat; {remedy}"
+                )
+            yield replace(
+                first,
+                index=count,
+                target=entries[victim],
+                source=first,
+                added=tuple(group[1:]),
+                permuted=mixture.permuted,
+            )
+            count += 1
+
+
+def _counterpart(cell: Cell, cells: Sequence[Cell], target: str, where: str) -> Cell:
+    """Returns the cell of another target that stands beside this one: the same attack, or the only one it has."""
+    threat = (cell.dataset, cell.threat, cell.seed)
+    own = [one for one in cells if one.target.name == target and (one.dataset, one.threat, one.seed) == threat]
+    same = [one for one in own if (one.label, one.params) == (cell.label, cell.params)]
+    if len(same or own) != 1:
+        problem = f"{target!r} has {len(own)} attacks to add to {cell.label} on {cell.target.name!r}"
+        raise PlanError(f"{where}: transfer.sums", f"{problem}; expected the same one, or one alone")
+    return (same or own)[0]
 
 
 def _check_adaptive(plan: Plan, cells: Sequence[Cell], where: str) -> None:
@@ -241,59 +291,3 @@ def _params_in_force(
     _, params = registry.harmonised(entry.name, library, entry.params, threat)
     check_params(spec, params)
     return {**spec.params, **params}
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What of the surroundings changes a cell's numbers.
-
-    Attributes:
-        weights: digest of the model's parameters and buffers.
-        model_source: digest of the source of the model's own classes.
-        data: digest of the samples.
-        plugin: digest of the source of the attack's plugin if it is installed in editable mode, else "".
-        bounds: of the data.
-        offers: what the model gives an attack.
-        draws: whether the model is stochastic, draws averaged for an attack and for a verdict.
-        versions: of the attack's plugin and library.
-    """
-
-    weights: str
-    model_source: str
-    data: str
-    plugin: str
-    bounds: tuple[float, float]
-    offers: str
-    draws: tuple[bool, int, int]
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-def cell_key(cell: Cell, identity: Identity, chunk: int, batch_size: int, source: str | None = None) -> str:
-    """Returns the SHA-256 of all that changes a cell's numbers, in canonical JSON.
-
-    Args:
-        cell: the cell.
-        identity: of its target, data and attack.
-        chunk: samples per unit of work.
-        batch_size: samples per forward pass of the referee.
-        source: the key of the cell whose adversarial samples are judged.
-
-    Names of targets, devices, times and the version of torch are recorded beside the results and not keyed.
-    """
-    parts = {
-        "key_version": KEY_VERSION,
-        "target": cell.target.params,
-        "attack": cell.spec.name,
-        "mode": cell.mode,
-        "params": cell.params,
-        "threat": {"norm": cell.threat.norm, "eps": cell.threat.eps, "targeted": cell.threat.targeted},
-        "goal": cell.goal,
-        "seed": cell.seed,
-        "chunk": chunk,
-        "batch_size": batch_size,
-        "timeout_s": cell.timeout_s,
-        "identity": asdict(identity),
-        **({} if source is None else {"source": source}),
-    }
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -15,8 +15,10 @@ from robplug.data import Dataset
 from robplug.errors import InputError, PlanError
 from robplug.isolation import seeded_globals
 from robplug.norms import Norm
-from robplug.referee.cells import Cell, Identity, cell_key, expand
-from robplug.referee.load import Model, identify, make_dataset, make_target, plugin_digest, source_digest, state_digest
+from robplug.referee.cells import Cell, expand
+from robplug.referee.digests import identify, plugin_digest, source_digest, state_digest
+from robplug.referee.keys import Identity, cell_key
+from robplug.referee.load import Model, make_dataset, make_target
 from robplug.referee.plan import Plan
 from robplug.referee.plan_tables import TargetEntry
 from robplug.referee.precision import check_installed
@@ -41,6 +43,7 @@ class Job:
         norm: of the threat.
         keep: which adversarial samples are stored: ``"examples"``, ``"all"`` or ``"none"``.
         source: the job whose adversarial samples are judged here, or None.
+        added: further jobs whose perturbations are added.
     """
 
     cell: Cell
@@ -52,6 +55,12 @@ class Job:
     norm: Norm
     keep: Literal["examples", "all", "none"]
     source: Job | None = None
+    added: tuple[Job, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Job, ...]:
+        """The jobs whose adversarial samples are judged here."""
+        return () if self.source is None else (self.source, *self.added)
 
     def chunks(self, size: int) -> list[range]:
         """Returns the sample indices of each chunk."""
@@ -72,20 +81,23 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
         number = plan.datasets.index(cell.dataset)
         dataset = datasets[number]
         model = models.of(cell.target, dataset)
-        source = None if cell.source is None else jobs[cell.source.index]
+        sources = [jobs[one.index] for one in cell.sources]
         place = (cell.target.name, number, cell.spec.name, cell.threat.norm)
         if place not in identities:
             identities[place] = identify(cell, model, dataset, registry)
         identity = identities[place]
-        if source is None:
+        if not sources:
             _check_offers(cell, model.target, where)
         try:
-            key = cell_key(cell, identity, plan.chunk, plan.batch_size, source.key if source else None)
+            key = cell_key(cell, identity, plan.chunk, plan.batch_size, [source.key for source in sources])
             attack = registry.attack(cell.spec.name, **cell.params)
         except (InputError, TypeError, ValueError) as error:
             raise PlanError(f"{where}: {cell.label}", f"{cell.params_passed}: {error}") from error
-        norm = registry.norm(cell.threat.norm)
-        jobs[cell.index] = Job(cell, key, identity, attack, model.target, dataset, norm, _keep(plan, cell), source)
+        norm, first = registry.norm(cell.threat.norm), next(iter(sources), None)
+        made = Job(
+            cell, key, identity, attack, model.target, dataset, norm, _keep(plan, cell), first, tuple(sources[1:])
+        )
+        jobs[cell.index] = made
     _check_distinct(list(jobs.values()), where)
     return list(jobs.values())
 

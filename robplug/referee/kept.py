@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from robplug.referee.guard import Outcome
 from robplug.referee.store import CellStore
 from robplug.referee.verify import PLAIN, Batch, Verdicts
+from robplug.rng import Rng
 from robplug.tasks import Detection, together
 from robplug.types import Perturbed
 
@@ -41,10 +43,11 @@ def keep_samples(keep: str, index: int, batch: Batch, found: Verdicts, outcome: 
         shown = [row.sample for row in sorted(judged, key=lambda row: row.status != "broken")[:EXAMPLES]]
         tensors = _tensors(batch, outcome, place, shown)
         images = {name: tensors[name].float() for name in ("x", "x_adv")}
-        store.write_arrays(
-            "examples.safetensors",
-            {"sample": tensors["sample"].numpy(), **{name: image.cpu().numpy() for name, image in images.items()}},
-        )
+        if batch.answer.dim() > 1 and found.answer is not None:  # to be drawn over the images
+            rows = torch.tensor([place[sample] for sample in shown])
+            images |= {"before": batch.answer[batch.attacked][rows].float(), "after": found.answer[rows].float()}
+        arrays = {name: image.cpu().numpy() for name, image in images.items()}
+        store.write_arrays("examples.safetensors", {"sample": tensors["sample"].numpy(), **arrays})
 
 
 def keep_answers(index: int, batch: Batch, found: Verdicts, store: CellStore) -> None:
@@ -76,17 +79,51 @@ def _tensors(batch: Batch, outcome: Outcome, place: dict[int, int], samples: lis
     return tensors
 
 
-def found_elsewhere(batch: Batch, kept: dict[str, Tensor]) -> tuple[Batch, Outcome]:
-    """Returns a chunk, and the outcome that another model's adversarial samples are for it.
+def keep_trace(index: int, batch: Batch, outcome: Outcome, store: CellStore) -> None:
+    """Stores what an attack followed step by step, if it says so."""
+    trace = getattr(outcome.perturbed, "trace", None)
+    count = int(batch.attacked.sum())
+    if isinstance(trace, Tensor) and type(trace) in PLAIN and trace.dim() == 2 and len(trace) == count:
+        store.write_tensors("trace", index, {"trace": trace.float()})
+
+
+def found_elsewhere(
+    batch: Batch, kept: Sequence[dict[str, Tensor]], bounds: tuple[float, float], order: Rng | None
+) -> tuple[Batch, Outcome]:
+    """Returns a chunk, and the outcome that other models' adversarial samples are for it.
 
     Args:
         batch: the chunk as the judging model sees it.
-        kept: what `keep_samples` has stored for the same samples.
+        kept: of each source what `keep_samples` has stored for the same samples; perturbations of several are added.
+        bounds: to which a sum is clipped.
+        order: streams of the chunk's samples, by which rows and columns of the perturbation are put into random order;
+            None leaves them.
     """
-    place = {sample: row for row, sample in enumerate(kept["sample"].tolist())}
-    made = torch.tensor([sample in place for sample in batch.ids], dtype=torch.bool, device=batch.y.device)
-    batch = replace(batch, made=made)
-    rows = [place[batch.ids[i]] for i in batch.attacked.nonzero().flatten().tolist()]
-    x_adv = kept["x_adv"][rows].to(device=batch.x.device, dtype=batch.x.dtype)
-    witness = kept["witness"][rows].to(batch.x.device) if "witness" in kept else None
-    return batch, Outcome(perturbed=Perturbed(x_adv, witness))
+    places = [{sample: row for row, sample in enumerate(one["sample"].tolist())} for one in kept]
+    made = [all(sample in place for place in places) for sample in batch.ids]
+    batch = replace(batch, made=torch.tensor(made, dtype=torch.bool, device=batch.y.device))
+    attacked = batch.attacked
+    samples = [batch.ids[i] for i in attacked.nonzero().flatten().tolist()]
+    found = [
+        {name: tensor[[place[sample] for sample in samples]].to(batch.x.device) for name, tensor in one.items()}
+        for one, place in zip(kept, places, strict=True)
+    ]
+    if len(found) == 1 and order is None:
+        x_adv = found[0]["x_adv"].to(batch.x.dtype)
+        return batch, Outcome(perturbed=Perturbed(x_adv, found[0].get("witness")))
+    change = sum(
+        (one["x_adv"].double() - one["x"].double() for one in found[1:]),
+        found[0]["x_adv"].double() - found[0]["x"].double(),
+    )
+    if order is not None:
+        change = _in_random_order(change, order.select(attacked.cpu()))
+    x_adv = (batch.x[attacked].double() + change).clamp(*bounds).to(batch.x.dtype)
+    return batch, Outcome(perturbed=Perturbed(x_adv))
+
+
+def _in_random_order(change: Tensor, rng: Rng) -> Tensor:
+    """Puts the rows and the columns of perturbations (N, ..., H, W) into random order, one order an image."""
+    rows, columns = (rng.uniform((side,), like=change).argsort(1) for side in change.shape[-2:])
+    flat = change.flatten(1, -3)
+    flat = flat.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
+    return flat.view(change.shape)

@@ -43,7 +43,7 @@ class Outlook:
         eps = "minimal" if threat.eps is None else f"{threat.eps:.4g}"
         passes = ("?" if count is None else f"{count:,}" for count in (self.forwards, self.backwards))
         what = f"{threat.norm} {eps}{' targeted' if threat.targeted else ''}"
-        target = cell.target.name if cell.source is None else f"{cell.source.target.name} \u2192 {cell.target.name}"
+        target = " \u2192 ".join(name for name in (cell.source_name, cell.target.name) if name)
         return (target, cell.label, cell.mode, what, f"{self.done:,}/{self.samples:,}", *passes)
 
 

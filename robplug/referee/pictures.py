@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from robplug.errors import StoreError
+from robplug.referee.overlays import drawn_over
 from robplug.referee.rundir import StoredCell
 
 Array = np.ndarray[Any, Any]
@@ -32,6 +33,8 @@ class Example:
         difference: data URI; grey is no change, and the largest change reaches black or white.
         magnified: how many times the difference is magnified.
         channels: of the sample; others than 1 and 3 are shown by their first.
+        before: data URI of the answer drawn over the sample, or "" for one class.
+        after: likewise under attack, over the adversarial sample.
     """
 
     key: str
@@ -41,34 +44,44 @@ class Example:
     difference: str
     magnified: float
     channels: int
+    before: str = ""
+    after: str = ""
 
 
 def first_example(cells: Sequence[StoredCell]) -> Example | None:
     """Returns one example of the first cell that has images, a broken one if there is any; None without images."""
     for cell in cells:
-        arrays = _arrays(cell.path / "examples.safetensors")
+        arrays = read_arrays(cell.path / "examples.safetensors", ("sample", "x", "x_adv"))
+        if arrays and arrays["x"].ndim != 4:
+            continue  # only images can be shown
         samples = np.asarray(arrays.get("sample", ()), dtype=np.int64)
         rows = {row["sample"]: row for row in cell.table.filter(np.isin(cell.sample, samples)).to_pylist()}
         known = [i for i, sample in enumerate(samples.tolist()) if sample in rows]
         if known:
             best = min(known, key=lambda i: rows[int(samples[i])]["status"] != "broken")
             row = rows[int(samples[best])]
-            return _example(cell, row, arrays["x"][best], arrays["x_adv"][best])
+            return _example(cell, row, {name: array[best] for name, array in arrays.items()})
     return None
 
 
-def _arrays(path: Path) -> dict[str, Array]:
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Array]:
+    """Returns the arrays of a file, as many in each; nothing if there is no such file.
+
+    Raises:
+        StoreError: it is damaged, or lacks one of the names.
+    """
     if not path.is_file():
         return {}
     try:
         arrays = load_file(path)
-        fits = len(arrays["sample"]) == len(arrays["x"]) and arrays["x"].shape == arrays["x_adv"].shape
+        fits = len({len(arrays[name]) for name in names}) == 1
     except (SafetensorError, OSError, KeyError) as error:
         raise StoreError(path, f"is damaged ({error}); remove it, the numbers do not need it") from None
-    return arrays if fits and arrays["x"].ndim == 4 else {}  # only images can be shown
+    return arrays if fits else {}
 
 
-def _example(cell: StoredCell, row: dict[str, Any], x: Array, x_adv: Array) -> Example:
+def _example(cell: StoredCell, row: dict[str, Any], arrays: dict[str, Array]) -> Example:
+    x, x_adv = arrays["x"], arrays["x_adv"]
     low, high = cell.record["threat"]["bounds"]
     change = x_adv.astype(np.float64) - x
     largest = float(np.nanmax(np.abs(change))) or 1.0
@@ -80,6 +93,8 @@ def _example(cell: StoredCell, row: dict[str, Any], x: Array, x_adv: Array) -> E
         difference=_png(0.5 + 0.5 * change / largest),
         magnified=(high - low) / (2 * largest),
         channels=len(x),
+        before=_png(drawn_over((x - low) / (high - low), arrays["before"])) if "before" in arrays else "",
+        after=_png(drawn_over((x_adv - low) / (high - low), arrays["after"])) if "after" in arrays else "",
     )
 
 

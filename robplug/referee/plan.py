@@ -14,6 +14,7 @@ from robplug.referee.plan_tables import (
     AttackEntry,
     DatasetEntry,
     Entry,
+    Mixture,
     TargetEntry,
     ThreatEntry,
     TransferEntry,
@@ -81,6 +82,11 @@ class Plan(Entry):
                         raise ValueError(f"transfer[{place}].{key}: {name!r} is no target of the plan; it has {above}")
                     if names.count(name) > 1:
                         raise ValueError(f"transfer[{place}].{key}: {name!r} is there twice")
+        known = [entry.name for entry in self.all_targets()]
+        for place, attack in enumerate(self.attacks):
+            for name in attack.targets or ():
+                if name not in known:
+                    raise ValueError(f"attacks[{place}].targets: {name!r} is no target of the plan; it has {known}")
         if self.transfer is not None:
             self._check_part(above)
         return self
@@ -120,6 +126,11 @@ class Plan(Entry):
             return list(self.targets)
         sources = [name for transfer in self.transfer for name in transfer.source_names()]
         return [entry for entry in self.all_targets() if entry.name in sources]
+
+    def mixtures(self) -> list[tuple[Mixture, str]]:
+        """Returns (mixture, victim) of all transfers, each once."""
+        found = [(one, v) for transfer in self.transfer or () for one in transfer.mixtures() for v in transfer.victims]
+        return list(dict.fromkeys(found))
 
     def pairs(self) -> list[tuple[str, str]]:
         """Returns (source, victim) names of all transfers, each once and no source with itself."""

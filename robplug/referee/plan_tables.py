@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -124,6 +125,24 @@ class ThreatEntry(Entry):
     goal: Literal["random", "next", "least-likely"] = "random"
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A source made of others' perturbations.
+
+    Attributes:
+        parts: names of the sources whose perturbations are added up.
+        permuted: whether rows and columns of the sum come in random order.
+    """
+
+    parts: tuple[str, ...]
+    permuted: bool = False
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        return " + ".join(self.parts) + (", permuted" if self.permuted else "")
+
+
 class TransferEntry(Entry):
     """Attacks that are made on some targets and judged on others; a plan that has any attacks the sources alone.
 
@@ -132,14 +151,23 @@ class TransferEntry(Entry):
         victims: names of targets that judge what was found on the sources.
         count: which samples count: those that all models of the table classify correctly (``common``), or for each pair
             those that its two do (``pairs``).
+        sums: groups of sources whose perturbations are added up and judged as a source of their own.
+        permuted: whether each source and sum is judged again with the rows and columns of its perturbations in random
+            order: a control that should do nothing.
     """
 
     sources: list[str] | Literal["leave-one-out"]
     victims: Annotated[list[str], Field(min_length=1)]
     count: Literal["common", "pairs"] = "common"
+    sums: list[Annotated[list[str], Field(min_length=2)]] = Field(default_factory=list)
+    permuted: bool = False
 
     @model_validator(mode="after")
     def _enough(self) -> TransferEntry:
+        for group in self.sums:
+            for name in group:
+                if name not in self.source_names() or group.count(name) > 1:
+                    raise ValueError(f"expected a sum of different sources {self.source_names()}, got {group}")
         if self.sources == LEAVE_ONE_OUT and len(self.victims) < 3:
             raise ValueError(f"leave-one-out needs at least 3 victims, got {self.victims}")
         if not self.sources:
@@ -157,6 +185,13 @@ class TransferEntry(Entry):
             for out in self.victims
         ]
 
+    def mixtures(self) -> list[Mixture]:
+        """Returns what is made of the sources' perturbations beside judging them as they are."""
+        alone = [(name,) for name in self.source_names()]
+        sums = [tuple(group) for group in self.sums]
+        plain = [Mixture(group) for group in sums]
+        return [*plain, *(Mixture(group, permuted=True) for group in (*alone, *sums) if self.permuted)]
+
     def source_names(self) -> list[str]:
         """Returns the names of the sources."""
         return [entry.name for entry in self.ensembles()] or list(self.sources)
@@ -170,6 +205,7 @@ class AttackEntry(BaseModel):
         libraries: for a canonical attack, the libraries that are to run it; all that have it without.
         mode: ``harmonised`` (canonical parameters), ``as-shipped`` (the library's defaults); by default a canonical
             attack is harmonised and any other is run as ``own``, with the parameters given.
+        targets: the targets that it is run on; all of the plan without.
         norms: the threats that it meets; all of the plan without.
         sweep: one parameter with a list of values, each of which makes an attack; the report draws a curve over them.
         timeout_s: time limit of a chunk.
@@ -180,6 +216,7 @@ class AttackEntry(BaseModel):
     name: str
     libraries: list[str] | None = None
     mode: Literal["harmonised", "as-shipped"] | None = None
+    targets: list[str] | None = None
     norms: list[str] | None = None
     sweep: dict[str, Annotated[list[Any], Field(min_length=2)]] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None

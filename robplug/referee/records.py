@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from robplug.errors import StoreError
-from robplug.referee.cells import KEY_VERSION
 from robplug.referee.jobs import Job
+from robplug.referee.keys import KEY_VERSION
 from robplug.referee.plan import Plan
 from robplug.referee.store import CellStore
 
@@ -42,7 +42,9 @@ def cell_record(job: Job, number: int, store: CellStore) -> dict[str, Any]:
         "key": job.key,
         "index": number,
         "target": cell.target.name,
-        "source": None if cell.source is None else cell.source.target.name,
+        "source": cell.source_name,
+        "parts": [one.target.name for one in cell.sources],
+        "task": job.target.task,
         "swept": cell.swept,
         "dataset": job.dataset.name,
         "attack": cell.spec.name,
@@ -94,7 +96,12 @@ def provenance(plan: Plan, where: str) -> dict[str, Any]:
         "robplug": metadata.version("robplug"),
         "plan": plan.model_dump(mode="json"),
         "transfers": [
-            {"sources": transfer.source_names(), "victims": transfer.victims, "count": transfer.count}
+            {
+                "sources": transfer.source_names(),
+                "mixtures": [mixture.name for mixture in transfer.mixtures()],
+                "victims": transfer.victims,
+                "count": transfer.count,
+            }
             for transfer in plan.transfer or ()
         ],
         "members": plan.members(),

@@ -138,6 +138,7 @@ def _content(run: Run, summary: Summary) -> dict[str, Any]:
         "tables": _tables(summary),
         "panels": [_panel(run, summary, subject) for subject in summary.subjects],
         "sweeps": _sweeps(summary),
+        "traces": _traces(run, summary),
         "params": [_params(run, summary, attack) for attack in summary.attacks],
         "models": _models(run, summary),
         "noted": _noted(summary),
@@ -205,6 +206,23 @@ def _sweeps(summary: Summary) -> list[tuple[str, Any]]:
 
     # matplotlib has escaped the names in its text elements
     return [(sweep.title, Markup(draw(sweep))) for sweep in sweeps(summary)]  # noqa: S704
+
+
+def _traces(run: Run, summary: Summary) -> list[tuple[str, Any]]:
+    """Returns title and ``<svg>`` of what each attack followed on each subject."""
+    from markupsafe import Markup
+
+    from robplug.referee.traces import draw, read_trace
+
+    stored = {cell.record["key"]: cell for cell in run.own}
+    found = {}
+    for cell in summary.cells:
+        trace = read_trace(stored[cell.key])
+        if trace is not None and cell.key not in found:
+            subject = summary.subjects[cell.subject]
+            title = f"{summary.attack(cell.attack).name}, {subject.target} on {subject.dataset}; {trace.ended}"
+            found[cell.key] = (title, Markup(draw(trace)))  # noqa: S704 (numbers alone)
+    return list(found.values())
 
 
 def _examples(cells: Sequence[CellSummary], stored: dict[str, Any], summary: Summary) -> list[tuple[Attack, Any]]:

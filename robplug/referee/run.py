@@ -15,7 +15,7 @@ from robplug.isolation import cpu_threads, seeded_globals
 from robplug.referee.guard import Assignment, Outcome, run_guarded
 from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job, goals, prepare
-from robplug.referee.kept import found_elsewhere, keep_answers, keep_samples
+from robplug.referee.kept import found_elsewhere, keep_answers, keep_samples, keep_trace
 from robplug.referee.plan import Plan, load_plan
 from robplug.referee.precision import precision
 from robplug.referee.probes import plan_probes, run_probe
@@ -28,6 +28,8 @@ from robplug.rng import Rng
 from robplug.tasks import task_of
 from robplug.types import ThreatModel
 
+PERMUTING = 1 << 33
+"""The restart whose streams permute rows and columns."""
 STOPPING = "stopping after this chunk is stored; Ctrl-C again stops now"
 
 
@@ -87,7 +89,7 @@ def run_plan(
         clean = CleanAnswers(settings.batch_size)
         for number, job in enumerate(jobs):
             for chunk in run_cell(job, number, settings, store, clean):
-                name = " \u2192 ".join(one.cell.target.name for one in (job.source, job) if one is not None)
+                name = " \u2192 ".join(one for one in (job.cell.source_name, job.cell.target.name) if one)
                 hear.advance(f"{name}: {job.cell.label}", chunk.samples, chunk.done_before)
                 if asked():
                     raise Interrupted(store.path)
@@ -161,9 +163,9 @@ def _run_chunk(job: Job, index: int, samples: range, answer: Tensor, plan: Plan,
     if not heartbeat.begin():
         outcome = Outcome(error="killed twice at the same point (out of memory, or a crash in native code?)")
     elif job.source is not None:
-        batch, outcome = found_elsewhere(
-            batch, run.cell(job.source.key).tensors("adversarials", index, ("sample", "x_adv"))
-        )
+        kept = [run.cell(one.key).tensors("adversarials", index, ("sample", "x", "x_adv")) for one in job.sources]
+        order = Rng(job.cell.seed, list(samples), restart=PERMUTING) if job.cell.permuted else None
+        batch, outcome = found_elsewhere(batch, kept, target.bounds, order)
     else:
         outcome = _attack(job, batch, threat, heartbeat)
     found = _judge(job, batch, threat, outcome, plan.batch_size)
@@ -171,6 +173,7 @@ def _run_chunk(job: Job, index: int, samples: range, answer: Tensor, plan: Plan,
     if outcome.trace:
         store.write_text(f"traceback-{index:05d}.txt", outcome.trace)
     keep_answers(index, batch, found, store)
+    keep_trace(index, batch, outcome, store)
     keep_samples(job.keep, index, batch, found, outcome, store)
     return {
         "index": index,

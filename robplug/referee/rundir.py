@@ -58,6 +58,11 @@ class StoredCell:
         return printable(self.record.get("source") or self.record["target"])
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the models whose perturbations are judged; the one that was attacked where nothing is added."""
+        return tuple(printable(name) for name in self.record.get("parts", ())) or (self.source,)
+
+    @property
     def transferred(self) -> bool:
         """Whether its adversarial samples were made on another model."""
         return bool(self.record.get("source"))

@@ -6,6 +6,7 @@
     out/cells/<key>/started-00000            left by a chunk that has begun; holds the number of its starts
     out/cells/<key>/examples.safetensors     some images, for the report
     out/cells/<key>/adversarials-00000.safetensors   all adversarial samples of a chunk, where they are kept
+    out/cells/<key>/trace-00000.safetensors          what an attack followed step by step, where it says so
     out/cells/<key>/answers-00000.safetensors        boxes and answers of a chunk, where the task needs them together
     out/probes/<key>.json                    what was measured of a model beside its cells
 

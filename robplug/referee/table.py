@@ -59,10 +59,16 @@ def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Tabl
     title = f"{subject.target} on {subject.dataset}, {formats.threat(subject)}"
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("attack", overflow="fold", min_width=13)
-    for name in columns:
+    cells = _in_order(summary, subject)
+    figures = list(dict.fromkeys(name for cell in cells for name in list(cell.quality)[:1]))
+    for name in (*figures, *columns):
         table.add_column(name, justify="right", no_wrap=name not in ("invalid/ error", "median distance"))
-    for cell in _in_order(summary, subject):
-        table.add_row(*(Text(value) for value in _cells(summary, cell)[: len(columns) + 1]))
+    for cell in cells:
+        name, *values = _cells(summary, cell)[: len(columns) + 1]
+        shown = [
+            formats.change(*cell.quality[figure]) if figure in cell.quality else formats.NONE for figure in figures
+        ]
+        table.add_row(*(Text(value) for value in (name, *shown, *values)))
     return table
 
 
@@ -72,14 +78,14 @@ def _matrix_table(summary: Summary, matrix: Matrix) -> Table:
     table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
     table.add_column("attack", overflow="fold", min_width=13)
-    itself = [ITSELF] if set(matrix.sources) - set(matrix.victims) else []
+    itself = [ITSELF] if matrix.itself else []
     for victim in (*itself, *matrix.victims):
         table.add_column(Text(victim), justify="right", overflow="fold")
     for source in matrix.sources:
         for place, attack in enumerate(matrix.attacks_on(source)):
             shares = [_share(matrix.entry(source, attack, victim)) for victim in matrix.victims]
             if itself:
-                shares.insert(0, "" if source in matrix.victims else _share(matrix.entry(source, attack, source)))
+                shares.insert(0, _share(matrix.entry(source, attack, source)) if source in matrix.itself else "")
             row = [source if place == 0 else "", summary.attack(attack).name, *shares]
             table.add_row(*(Text(value) for value in row))
     return table
@@ -90,7 +96,8 @@ def _share(entry: Entry | None) -> str:
         return formats.NONE
     mark = " \u25a1" if entry.white_box else ""
     unresolved = f" ?{entry.unresolved}" if entry.unresolved else ""
-    return f"{formats.percent(entry.success.value)}{mark}{unresolved}"
+    figure = f", {formats.first_figure(entry.quality)}" if entry.quality else ""
+    return f"{formats.percent(entry.success.value)}{mark}{unresolved}{figure}"
 
 
 def _legend(matrix: Matrix) -> str:

@@ -57,8 +57,9 @@ class Matrix:
         count: ``"common"`` or ``"pairs"``; see `robplug.referee.plan_tables.TransferEntry`.
         common: samples that all models of the matrix classify correctly.
         samples: all samples.
-        sources: names, in the order of the plan.
+        sources: names, in the order of the plan; sums and permutations of their perturbations follow.
         victims: names, in the order of the plan.
+        mixtures: those of the sources that are sums or permutations.
         entries: by source, attack and victim; each source judges what was made on it, whether a victim or not.
     """
 
@@ -73,7 +74,13 @@ class Matrix:
     samples: int
     sources: tuple[str, ...]
     victims: tuple[str, ...]
+    mixtures: tuple[str, ...]
     entries: tuple[Entry, ...]
+
+    @property
+    def itself(self) -> list[str]:
+        """The sources that judge what was made on them without being victims."""
+        return [name for name in self.sources if name not in (*self.victims, *self.mixtures)]
 
     def entry(self, source: str, attack: int, victim: str) -> Entry | None:
         """Returns an entry, or None if its cell has not begun."""
@@ -96,8 +103,9 @@ def matrices(run: Run, numbers: Sequence[int]) -> tuple[Matrix, ...]:
     for number, record in enumerate(run.record.get("transfers", ())):
         transfer = {key: [printable(name) for name in record[key]] for key in ("sources", "victims")}
         transfer["count"] = record["count"]
-        sources = transfer["sources"]
-        pairs = {(source, victim) for source in sources for victim in (source, *transfer["victims"])}
+        mixtures = [printable(name) for name in record.get("mixtures", ())]
+        transfer["made"] = [*transfer["sources"], *mixtures]
+        pairs = {(source, victim) for source in transfer["made"] for victim in (source, *transfer["victims"])}
         own = [(cell, of) for cell, of in zip(run.cells, numbers, strict=True) if (cell.source, cell.target) in pairs]
         threats = {_threat(cell): None for cell, _ in own}
         for threat in threats:
@@ -127,10 +135,12 @@ def _matrix(
     for cell, attack in cells:
         reading = next((reading for reading in cell.readings if reading.eps == eps), None)
         if reading is not None:
-            counts = common if transfer["count"] == "common" else right[cell.source] & right[cell.target]
-            white_box = cell.target == cell.source or cell.target in _members(run, cell.source)
+            parts = cell.parts
+            of_pair = np.logical_and.reduce([right[name] for name in (*parts, cell.target)])
+            counts = common if transfer["count"] == "common" else of_pair
+            white_box = any(cell.target == part or cell.target in _members(run, part) for part in parts)
             entries.append(_entry(cell, attack, reading, counts, white_box))
-    order = {name: place for place, name in enumerate((*sources, *victims))}
+    order = {name: place for place, name in enumerate((*transfer["made"], *victims))}
     return Matrix(
         number=number,
         dataset=record["dataset"],
@@ -141,8 +151,9 @@ def _matrix(
         count=transfer["count"],
         common=int(common.sum()),
         samples=samples,
-        sources=tuple(sources),
+        sources=tuple(transfer["made"]),
         victims=tuple(victims),
+        mixtures=tuple(transfer["made"][len(sources) :]),
         entries=tuple(sorted(entries, key=lambda one: (order[one.source], one.attack, order[one.victim]))),
     )
 

@@ -9,7 +9,8 @@ import pytest
 
 from robplug.errors import PlanError
 from robplug.plugins import registry
-from robplug.referee.cells import Cell, Identity, cell_key, expand
+from robplug.referee.cells import Cell, expand
+from robplug.referee.keys import Identity, cell_key
 from robplug.referee.plan import load_plan
 from robplug.referee.plan_tables import DatasetEntry, TargetEntry, as_number
 from robplug.types import AttackSpec, ThreatModel

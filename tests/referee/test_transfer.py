@@ -274,7 +274,8 @@ def test_witnesses_and_single_samples_come_back(tmp_path: Path) -> None:
     x_adv, witness = torch.rand(4, 1, 3, 3), torch.rand(4, 2, 3, 3)
     keep_samples("all", 3, batch, Verdicts([]), Outcome(perturbed=Perturbed(x_adv, witness)), store)
     judge = Batch([20, 21, 22, 23, 24], x, y, None, torch.tensor([0, 1, 9, 0, 1]))
-    seen, outcome = found_elsewhere(judge, store.tensors("adversarials", 3, ("sample", "x_adv")))
+    kept = [store.tensors("adversarials", 3, ("sample", "x", "x_adv"))]
+    seen, outcome = found_elsewhere(judge, kept, (0.0, 1.0), None)
     assert seen.attacked.tolist() == [True, False, False, True, True]
     assert outcome.perturbed is not None
     assert torch.equal(outcome.perturbed.x_adv, x_adv[[0, 2, 3]])

@@ -25,7 +25,16 @@ from robplug.step import Step, passing, untouched_buffers
 from robplug.targets import evaluation_mode
 from robplug.training import FINITE, RECORD, fit
 from robplug.training_plan import Options, read_options
-from robplug.training_setup import check_data, differences, identity, make_fabric, split_rows, sub_seed, versions
+from robplug.training_setup import (
+    check_data,
+    check_task,
+    differences,
+    identity,
+    make_fabric,
+    split_rows,
+    sub_seed,
+    versions,
+)
 from robplug.tuning_field import check_field, with_value
 from robplug.tuning_search import next_value
 
@@ -93,6 +102,9 @@ def choose(
     """
     settings, stack = read_options(options), Stack(defenses)
     check_data(dataset, settings, stack)
+    check_task(model, dataset, settings, stack)
+    if dataset.task != "classification":
+        raise InputError("data for classification, of which a random guess has a known loss", dataset.task)
     check_field(stack.defenses, place, field)
     if not 0 <= tolerance < 1:
         raise InputError("a tolerance from 0 to below 1", tolerance, "0.01 lets one sample in a hundred go")

@@ -344,6 +344,14 @@ def test_what_cannot_be_tuned_is_refused(tmp_path: Path, stack: list[Any], place
     assert not list(tmp_path.iterdir())
 
 
+def test_other_tasks_are_refused(tmp_path: Path) -> None:
+    data = Dataset("pixels", torch.rand(20, 1, 4, 4), torch.ones(20, 4, 4, dtype=torch.int64), task="segmentation")
+    with pytest.raises(
+        InputError, match="data for classification, of which a random guess has a known loss, got segmentation"
+    ):
+        choose(nn.Conv2d(1, 2, 1), data, Pull(), out=tmp_path, **ONE_STEP)
+
+
 @pytest.mark.parametrize("slope", [0.0, -3.0, math.nan])
 def test_a_penalty_that_is_not_positive_cannot_be_tuned(tmp_path: Path, slope: float) -> None:
     with pytest.raises(InputError, match=rf"a mean penalty per Pull.strength that is finite and > 0, got {slope};"):

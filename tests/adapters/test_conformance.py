@@ -123,3 +123,20 @@ def test_conformance_attack_does_something(network: str, norm: str) -> None:
     assert ((x_adv == 0) | (x_adv == 1)).any(), "the box is meant to be active here"
     inactive, _ = _attack("robplug", network, norm, "inactive")
     assert inactive.min() > 0 and inactive.max() < 1
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-2.0, 3.0)])
+def test_cw_conformance_with_foolbox(bounds: tuple[float, float]) -> None:
+    """The same loss, optimiser and constants: the distances are the same but for rounding on the way."""
+    low, high = bounds
+    _, x, _ = _problem("mlp", "inactive")
+    x = (low + (high - low) * x)[:8]
+    target = from_module(_networks()["mlp"], bounds=bounds, classes=10)
+    y, threat = target.predict(x), ThreatModel("l2", bounds=bounds)
+    distances = []
+    for source in ("robplug", "foolbox"):
+        spec, own = registry().harmonised("cw", source, {"steps": 40, "initial_const": 1.0}, threat)
+        x_adv = registry().attack(spec.name, **own).run(target, x, y, threat, Rng(0, range(8))).x_adv
+        assert (target.predict(x_adv) != y).all()
+        distances.append((x_adv - x).flatten(1).norm(dim=1))
+    torch.testing.assert_close(*distances, rtol=0.01, atol=1e-4)

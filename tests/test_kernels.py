@@ -15,7 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robplug.kernels import cuda_kernels, operator
 
-REFERENCE = "def doubled(x, times):\n    return x * 2**times\n"
+REFERENCE = """
+def doubled(x, times):
+    return x * 2**times
+
+
+def counted(steps, totals):
+    for step, total in zip(steps, totals):
+        total += step
+    return steps[0] * 0
+"""
 
 
 @pytest.fixture
@@ -46,6 +55,17 @@ def test_an_operator_computes_checks_and_compiles(reference: ModuleType) -> None
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="got -1"):
         doubled(x, -1)
     assert torch._C._dispatch_has_kernel_for_dispatch_key("robplug_framed::doubled", "CUDA")
+
+
+def test_an_operator_writes_to_what_its_schema_says(reference: ModuleType) -> None:
+    schema = "counted(Tensor[] steps, Tensor(a!)[] totals) -> Tensor"
+    counted = operator(schema, reference, lambda *_: None, lambda steps, _: torch.empty_like(steps[0]))
+    steps, totals = [torch.rand(3), torch.rand(2)], [torch.ones(3), torch.ones(2)]
+    torch.library.opcheck(counted, (steps, totals), test_utils=("test_schema", "test_faketensor"))
+    before = [total._version for total in totals]
+    counted(steps, totals)
+    assert all(torch.equal(total, 1 + step) for step, total in zip(steps, totals, strict=True))
+    assert all(total._version > version for total, version in zip(totals, before, strict=True))
 
 
 def test_triton_runs_on_cuda_where_it_is_installed(reference: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,14 +173,17 @@ def test_gradients_of_differences() -> None:
 
 
 def test_differences_differentiate_once() -> None:
-    noisy = X.clone().requires_grad_()
-    for value in (
-        mean_abs_difference([X + 1], [noisy * noisy]),
-        accumulate_signs([X + 1], [noisy * noisy], [SIGNS.clone()], 0).sum(),
-    ):
-        (slope,) = torch.autograd.grad(value, noisy, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula|once_differentiable"):
+    x = X.clone().requires_grad_()
+    noisy = [x * x, x * x * 3]
+    sums = [SIGNS.clone(), SIGNS.clone()]
+    for value in (mean_abs_difference([X, X], noisy), accumulate_signs([X, X], noisy, sums, 0).sum()):
+        (slope,) = torch.autograd.grad(value.square(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no autograd formula|once_differentiable"):
             slope.sum().backward()
+    inner = x * x
+    means = accumulate_signs([X, X], [inner, inner * x], sums, 0)
+    with pytest.raises(RuntimeError, match="differentiated once, got create_graph=True"):
+        torch.autograd.grad(means.sum(), x, create_graph=True)
 
 
 class Branching(nn.Module):
@@ -218,13 +221,16 @@ def test_draw_by_draw_gives_the_gradient_of_all_draws_at_once() -> None:
 
 
 def test_gradients_of_activations_between_are_whole() -> None:
-    """Asked for by name, an inner layer's gradient has its own part and the part from behind."""
+    """An inner layer's gradient, asked for by name or retained, has its own part and the part from behind."""
     model, x = Branching().double(), torch.randn(3, 5).double()
     clean, noisy = model.activations(x + 0.1), model.activations(x)
     expected = torch.autograd.grad(plain_differences(clean, noisy).sum(), noisy[:2], retain_graph=True)
-    sums = [torch.empty_like(layer, dtype=torch.int8) for layer in clean]
-    found = torch.autograd.grad(accumulate_signs(clean, noisy, sums, 0).sum(), noisy[:2])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    means = accumulate_signs(clean, noisy, [torch.empty_like(layer, dtype=torch.int8) for layer in clean], 0)
+    for layer, slope in zip(noisy, expected, strict=False):
+        torch.testing.assert_close(*torch.autograd.grad(means.sum(), layer, retain_graph=True), slope)
+        layer.retain_grad()
+    means.sum().backward()
+    torch.testing.assert_close([layer.grad for layer in noisy[:2]], list(expected), rtol=0, atol=1e-14)
 
 
 def test_a_gradient_shared_with_another_branch_is_not_written_on() -> None:
@@ -258,7 +264,7 @@ def test_one_layers_gradient_at_a_time() -> None:
     gc.disable()
     try:
         means.sum().backward()
-        del noisy, means, tensor
+        del noisy, means
         assert gone() is None
     finally:
         gc.enable()
@@ -280,7 +286,7 @@ def test_a_gradient_that_never_arrives_is_an_error() -> None:
     inner = X.clone().requires_grad_() * 2
     outer = Nothing.apply(inner)
     means = accumulate_signs([X, X], [inner, outer], [SIGNS.clone(), SIGNS.clone()], 0)
-    with pytest.raises(RuntimeError, match="expected a gradient for layer 0 .* got None; .*return zeros there"):
+    with pytest.raises(RuntimeError, match=r"expected a gradient for layer 0 .* got None; .*return zeros there"):
         means.sum().backward()
 
 

@@ -108,7 +108,9 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     """Returns zeros, one a layer, with the gradient signs / numel in the layer.
 
     A layer that others are computed from gets its gradient by a hook when theirs has arrived, so that beside int8 signs
-    no more than one is held at once. A graph that is kept must be gone through in the same way again.
+    no more than one is held at once. Where `torch.autograd.grad` is asked for such a layer together with what comes before
+    it, the layer's gradient lacks its own part, as hooks run later; those of parameters and inputs are whole. A graph
+    that is kept must be gone through in the same way again.
 
     Args:
         layers: L activations of any shapes and strides, float16, bfloat16, float32 or float64.
@@ -121,7 +123,8 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
 
     Raises:
         ValueError: there are no layers, or shapes, dtypes or devices do not fit.
-        RuntimeError: in the backward pass, if autograd has no gradient for a layer that others are computed from.
+        RuntimeError: in the backward pass, with ``create_graph=True``, or if autograd has no gradient for a layer that
+            others are computed from.
     """
     checks.surrogate(layers, signs)
     inner = _inner(layers)
@@ -147,7 +150,7 @@ def _means_and_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) 
 
 
 def _gradients(_: Tensor, clean: Sequence[Tensor], noisy: Sequence[Tensor], both: bool) -> list[Tensor]:
-    return [torch.empty_like(layer) for layer in noisy] * (1 + both)
+    return [torch.empty_like(layer) for _ in range(1 + both) for layer in noisy]
 
 
 _sphere_noise = operator(
@@ -187,12 +190,12 @@ def _setup_difference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.save_for_backward(*clean, *noisy)
 
 
-def _difference_backward(ctx: Any, g: Tensor) -> tuple[list[Tensor] | None, list[Tensor]]:
+def _difference_backward(ctx: Any, g: Tensor) -> tuple[Sequence[Tensor | None], list[Tensor]]:
     layers = len(ctx.saved_tensors) // 2
     clean, noisy = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
     both = any(ctx.needs_input_grad[0])
     grads = _mean_abs_difference_backward(g, clean, noisy, both)
-    return (grads[layers:] if both else None), grads[:layers]
+    return (grads[layers:] if both else [None] * layers), grads[:layers]
 
 
 _sphere_noise.register_autograd(lambda ctx, g: (g, None, None))
@@ -237,7 +240,9 @@ def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[T
         if g is None:
             remedy = "a function behind it returns None for it: return zeros there, or leave the layer out"
             raise RuntimeError(f"expected a gradient for layer {number} from the layers behind it, got None; {remedy}")
-        found: Tensor = _call("add_signs", g.detach(), signs, weight)
+        if torch.is_grad_enabled() and g.requires_grad:
+            raise RuntimeError("expected to be differentiated once, got create_graph=True; use mean_abs_difference")
+        found: Tensor = _call("add_signs", g, signs, weight)
         return found
 
     return hook

@@ -35,9 +35,10 @@ def flat(tensor: Tensor) -> Tensor:
 def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
     """Returns x + radius * noise / |noise|_2, with one norm a sample; a sample whose noise is 0 stays where it is."""
     dtype = accumulator(x)
-    norm = torch.linalg.vector_norm(noise.flatten(1), dim=1, dtype=dtype)
-    scale = torch.where(norm > 0, radius / norm, 0.0).view(-1, *[1] * (x.dim() - 1))
-    return alike(torch.addcmul(x.to(dtype), noise.to(dtype), scale).to(x.dtype), x)
+    noise = noise.to(dtype)
+    norm = torch.linalg.vector_norm(noise.flatten(1), dim=1)
+    scale = (radius / norm.masked_fill(norm == 0, 1.0)).view(-1, *[1] * (x.dim() - 1))
+    return alike(torch.addcmul(x.to(dtype), noise, scale).to(x.dtype), x)
 
 
 def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Tensor:

@@ -104,18 +104,18 @@ def _add_signs_kernel(g, signs, out, weight, size, ACC: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _sphere_kernel(x, noise, out, radius, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _sphere_kernel(x, noise, out, size, RADIUS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     inside = at < size
     start = tl.program_id(0).to(tl.int64) * size
     draws = tl.load(noise + start + at, mask=inside, other=0.0).to(ACC)
-    total = tl.load(x + start + at, mask=inside, other=0.0).to(ACC) + draws * _scale(tl.sum(draws * draws), radius)
+    total = tl.load(x + start + at, mask=inside, other=0.0).to(ACC) + draws * _scale(tl.sum(draws * draws), RADIUS)
     tl.store(out + start + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _scale(squares, radius):
-    return tl.where(squares > 0, radius / tl.sqrt(squares), 0.0)
+def _scale(squares, RADIUS: tl.constexpr):
+    return RADIUS / tl.sqrt(tl.where(squares == 0, 1.0, squares))
 
 
 @triton.jit
@@ -128,8 +128,8 @@ def _squares_kernel(noise, partial, size, parts, ACC: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def _move_kernel(
-    x, noise, out, partial, radius, size, parts,
-    ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    x, noise, out, partial, size, parts,
+    RADIUS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0) // parts
     squares = tl.zeros([BLOCK], dtype=ACC)
     for first in range(0, parts, BLOCK):
@@ -139,7 +139,7 @@ def _move_kernel(
     inside = at < size
     at += sample.to(tl.int64) * size
     draws = tl.load(noise + at, mask=inside, other=0.0).to(ACC)
-    total = tl.load(x + at, mask=inside, other=0.0).to(ACC) + draws * _scale(tl.sum(squares), radius)
+    total = tl.load(x + at, mask=inside, other=0.0).to(ACC) + draws * _scale(tl.sum(squares), RADIUS)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -155,12 +155,12 @@ def sphere_noise(x: Tensor, noise: Tensor, radius: float, block: int = BLOCK, wh
     with torch.cuda.device_of(x):
         if size <= whole:
             fitting = triton.next_power_of_2(size)
-            _sphere_kernel[(len(x),)](rows, noise, out, radius, size, ACC=acc, BLOCK=fitting)
+            _sphere_kernel[(len(x),)](rows, noise, out, size, RADIUS=radius, ACC=acc, BLOCK=fitting)
         else:
             parts = triton.cdiv(size, block)
             partial = x.new_empty(len(x) * parts, dtype=accumulator(x))
             _squares_kernel[(len(partial),)](noise, partial, size, parts, ACC=acc, BLOCK=block)
-            _move_kernel[(len(partial),)](rows, noise, out, partial, radius, size, parts, ACC=acc, BLOCK=block)
+            _move_kernel[(len(partial),)](rows, noise, out, partial, size, parts, RADIUS=radius, ACC=acc, BLOCK=block)
     return alike(out, x)
 
 

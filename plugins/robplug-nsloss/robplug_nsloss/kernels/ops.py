@@ -108,7 +108,7 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     """Returns zeros, one a layer, with the gradient signs / numel in the layer.
 
     A layer that others are computed from gets its gradient by a hook when theirs has arrived, so that beside int8 signs
-    no more than one is held at once. Where `torch.autograd.grad` is asked for such a layer together with what comes before
+    no more than one is held at once. Where `torch.autograd.grad` is asked for such a layer and for what comes before
     it, the layer's gradient lacks its own part, as hooks run later; those of parameters and inputs are whole. A graph
     that is kept must be gone through in the same way again.
 

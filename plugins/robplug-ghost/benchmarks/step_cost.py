@@ -118,12 +118,12 @@ def measure(name: str, model: nn.Module, x: Tensor, repeats: int) -> list[Row]:
 
 
 def findings(found: list[Row], device: str) -> list[str]:
-    """Returns how skip erosion stands to its limit."""
+    """Returns how each erosion stands to its limit."""
     said = []
     for row in found:
-        if row.contender == SKIP:
+        if row.contender in (SKIP, DROPOUT):
             verdict = "WIN" if row.ratio <= LIMIT[device] else "LOSS"
-            said.append(f"{row.case}: {SKIP}: x{row.ratio:.3f} a plain step, limit {LIMIT[device]}: {verdict}")
+            said.append(f"{row.case}: {row.contender}: x{row.ratio:.3f} a plain step, limit {LIMIT[device]}: {verdict}")
         elif row.contender != PLAIN:
             said.append(f"{row.case}: {row.contender}: x{row.ratio:.3f} a plain step")
     return said

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,16 +47,12 @@ def philox_by_hand(key: tuple[int, int], counter: tuple[int, ...]) -> list[int]:
 def test_philox_gives_the_known_answers(key: tuple[int, int], counter: tuple[int, ...], words: str) -> None:
     """Those that the authors publish with their library Random123."""
     expected = [int(word, 16) for word in words.split()]
-    assert reference.philox(key[0] | key[1] << 32, torch.tensor(counter)[:, None]).flatten().tolist() == expected
+    seed = key[0] | key[1] << 32
+    assert reference.philox(seed, counter) == expected
+    for made in (torch.tensor, np.array):
+        words = reference.philox(seed, [made([word]) for word in counter])
+        assert [word.item() for word in words] == expected
     assert philox_by_hand(key, counter) == expected
-
-
-def test_philox_of_more_counters_than_a_chunk() -> None:
-    counter = torch.randint(2**32, (4, reference.CHUNK + 3))
-    words = reference.philox(SEED, counter)
-    for place in (0, reference.CHUNK - 1, reference.CHUNK, reference.CHUNK + 2):
-        expected = philox_by_hand((SEED & MASK, SEED >> 32), tuple(counter[:, place].tolist()))
-        assert words[:, place].tolist() == expected
 
 
 def weights_by_hand(layer: int, channels: int, skip: float) -> Tensor:
@@ -81,6 +78,17 @@ def test_skip_erosion_is_its_definition(layer: int) -> None:
     out = erode_add(shortcut, residual, SEED, layer, 0.22, "relu")
     torch.testing.assert_close(out, (w * shortcut + residual).relu(), **close)
     torch.testing.assert_close(erode_scale(shortcut, SEED, layer, 0.22), w * shortcut, **close)
+
+
+@pytest.mark.parametrize("counters", [reference.GRAIN, reference.GRAIN + 64, reference.CHUNK + 64])
+def test_masks_of_large_layers_are_their_definition(counters: int) -> None:
+    """On both sides of the sizes from which on threads share the work, and from which on it is done in parts."""
+    channels, positions = counters // 64, 4 * 64
+    mask = reference.kept(SEED, 5, channels, positions, 0.7, CPU)
+    for channel in (0, channels // 2, channels - 1):
+        for position in (0, 1, positions - 2, positions - 1):
+            word = philox_by_hand((SEED & MASK, SEED >> 32), (position // 4, channel, 5, 1))[position % 4]
+            assert mask[channel, position] == (word >> 8 < 0.7 * 2**24)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2, 5), (2, 3, 7), (4, 3), (1, 2, 3, 2, 2)])

@@ -16,6 +16,8 @@ where they are float64, and rounded once at the end.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 WORD = 0xFFFFFFFF
-CHUNK = 2**15  # counters, whose words stay in a core's cache
+CHUNK = 2**18  # counters at a time
+GRAIN = 2**15  # values from which on torch shares work among threads; with fewer, numpy takes half the time
 BITS = 24  # of a word that a float32 holds exactly
 TOGETHER, NARROW, REMEMBERED = 16, 256, 64  # layers of a table and channels that it has at least, and tables
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -51,33 +54,32 @@ def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
-def philox(seed: int, counter: Tensor) -> Tensor:
-    """Returns (4, M) words of Philox4x32-10 for counters (4, M); words are int64 from 0 to 2**32 - 1."""
-    parts = [_philox(seed, part) for part in counter.split(CHUNK, dim=1)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def philox(seed: int, counter: Sequence[Any]) -> list[Any]:
+    """Returns the four words of Philox4x32-10 for a counter's four words, each from 0 to 2**32 - 1.
 
+    Words are numbers, int64 arrays or int64 tensors that broadcast. They are not expanded before they must be: where a
+    counter is made of a row and a column, the first two of ten rounds cost next to nothing.
 
-def _philox(seed: int, counter: Tensor) -> Tensor:
-    """Rounds on the pairs (c0, c2) and (c3, c1); a product's high word goes to the other pair's place.
-
-    Only what is multiplied must be a word: masks distribute over exclusive or.
+    Only what is multiplied is cut to 32 bits: masks distribute over exclusive or.
     """
-    steps = torch.tensor([MULTIPLIERS, KEY_STEPS[::-1]], device=counter.device)[:, :, None]
-    key = torch.tensor([seed >> 32, seed & WORD], device=counter.device)[:, None]
-    keys = key + steps[1] * torch.arange(ROUNDS, device=counter.device)[:, None, None]
-    even, odd = counter[0::2], counter[1::2].flip(0)
-    for round_key in keys.unbind():
-        product = even * steps[0]  # modulo 2**64
-        swapped = (product >> 32).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(WORD)
-        even, odd = swapped.flip(0), product
-    odd = odd & WORD
-    return torch.stack([even[0], odd[1], even[1], odd[0]])
+    a, b, c, d = counter
+    keys = seed & WORD, seed >> 32
+    for _ in range(ROUNDS):
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # modulo 2**64
+        a, c = (second >> 32) ^ b, (first >> 32) ^ d
+        a ^= keys[0]
+        c ^= keys[1]
+        a &= WORD
+        c &= WORD
+        b, d = second, first
+        keys = (keys[0] + KEY_STEPS[0]) & WORD, (keys[1] + KEY_STEPS[1]) & WORD
+    return [a, b & WORD, c, d & WORD]
 
 
 def series_seed(seed: int, number: int) -> int:
     """Returns the seed, 63 bits, of the ghost with this number >= 1 in the series that a seed begins."""
-    words = philox(seed, torch.tensor([[number & WORD], [number >> 32], [0], [SERIES]])).flatten()
-    return (int(words[1]) << 32 | int(words[0])) & (2**63 - 1)
+    low, high, *_ = philox(seed, (number & WORD, number >> 32, 0, SERIES))
+    return int(high << 32 | low) & (2**63 - 1)
 
 
 def channel_weights(seed: int, layer: int, channels: int, skip: float, device: torch.device | None = None) -> Tensor:
@@ -100,13 +102,10 @@ def _weights(seed: int, group: int, channels: int, skip: float, device: torch.de
     The 24 bits and the skip, rounded to float32, have an exact product in float64, so that it makes no difference
     whether the addition is fused.
     """
-    blocks = -(-channels // 4)
-    counter = torch.zeros(4, TOGETHER, blocks, dtype=torch.int64, device=device)
-    counter[0] = torch.arange(blocks, device=device)
-    counter[2] = torch.arange(group * TOGETHER, (group + 1) * TOGETHER, device=device)[:, None]
-    counter[3] = SKIP
-    words = philox(seed, counter.flatten(1)).view(4, TOGETHER, blocks)
-    bits = words.permute(1, 2, 0).reshape(TOGETHER, 4 * blocks)[:, :channels] >> (32 - BITS)
+    column = torch.arange(-(-channels // 4), device=device)
+    layers = torch.arange(group * TOGETHER, (group + 1) * TOGETHER, device=device)[:, None]
+    words = torch.stack(philox(seed, (column, 0, layers, SKIP)), dim=-1)
+    bits = words.flatten(1)[:, :channels] >> (32 - BITS)
     symmetric = (2 * bits + 1 - (1 << BITS)).double() / (1 << BITS)
     return (1 + single(skip) * symmetric).float()
 
@@ -114,13 +113,16 @@ def _weights(seed: int, group: int, channels: int, skip: float, device: torch.de
 def kept(seed: int, layer: int, channels: int, positions: int, keep: float, device: torch.device) -> Tensor:
     """Returns (C, P) bool, true with the probability ``keep``."""
     blocks = -(-positions // 4)
-    counter = torch.empty(4, channels, blocks, dtype=torch.int64, device=device)
-    counter[0] = torch.arange(blocks, device=device)
-    counter[1] = torch.arange(channels, device=device)[:, None]
-    counter[2:] = torch.tensor([layer, DROPOUT], device=device)[:, None, None]
-    words = philox(seed, counter.flatten(1)).view(4, channels, blocks)
-    chosen = words < threshold(keep) << (32 - BITS)
-    return chosen.permute(1, 2, 0).reshape(channels, 4 * blocks)[:, :positions]
+    chosen = torch.empty(channels, blocks, 4, dtype=torch.bool, device=device)
+    column: Any = torch.arange(blocks, device=device)
+    share = max(1, CHUNK // max(1, blocks))
+    for rows, out in zip(torch.arange(channels, device=device)[:, None].split(share), chosen.split(share), strict=True):
+        counter = column, rows, layer, DROPOUT
+        if rows.is_cpu and rows.shape[0] * blocks <= GRAIN:
+            counter = column.numpy(), rows.numpy(), layer, DROPOUT
+        for i, word in enumerate(philox(seed, counter)):
+            out[..., i] = torch.as_tensor(word < threshold(keep) << (32 - BITS))
+    return chosen.flatten(1)[:, :positions]
 
 
 def single(value: float) -> float:

@@ -14,7 +14,7 @@ from robplug.rng import Rng
 def text_mask(text: str, height: int, width: int) -> Tensor:
     """Returns a mask with a line of text, as large as it fits, in the middle.
 
-    Needs the package pillow: ``pip install robplug[data]``.
+    Needs the package pillow: ``pip install robplug-dag[text]``.
 
     Args:
         text: what is to be read, such as ``"2017"``.
@@ -31,7 +31,7 @@ def text_mask(text: str, height: int, width: int) -> Tensor:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ModuleNotFoundError as error:
-        raise RobplugError("text_mask needs the package pillow: pip install pillow") from error
+        raise RobplugError("text_mask needs pillow: pip install robplug-dag[text]") from error
     if height < 1 or width < 1:
         raise InputError("height and width >= 1", (height, width))
     font = ImageFont.load_default(size=max(height, 16))

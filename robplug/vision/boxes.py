@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robplug.tasks import overlap
+from robplug.vision.protocol import Proposals
 
 LARGEST_GROWTH = math.log(1000 / 16)
 """Largest logarithm by which a network's offsets may change a width, as in other implementations."""
@@ -34,6 +35,26 @@ def survivors(boxes: Tensor, alive: Tensor, threshold: float) -> Tensor:
         if torch.equal(again, kept):
             return kept
         kept = again
+
+
+def distinct(boxes: Tensor, logits: Tensor, threshold: float) -> Proposals:
+    """Returns what non-maximum suppression leaves of classified boxes, the one with least background first.
+
+    Args:
+        boxes: (N, A, 4).
+        logits: (N, A, C), class 0 the background.
+        threshold: IoU above which the box with more background is dropped.
+    """
+    order = logits.detach().softmax(2)[..., 0].argsort(dim=1, stable=True)
+    valid = survivors(rows(boxes, order), torch.ones_like(order, dtype=torch.bool), threshold)
+    first = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(valid.sum(1).amax())]
+    order = order.gather(1, first)
+    return Proposals(rows(boxes, order), rows(logits, order), valid.gather(1, first))
+
+
+def rows(values: Tensor, index: Tensor) -> Tensor:
+    """Returns rows of (..., R, K) by their numbers (..., S), (..., S, K)."""
+    return values.gather(-2, index[..., None].expand(*index.shape, values.shape[-1]))
 
 
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:

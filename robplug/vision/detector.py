@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robplug.tasks import PADDING, overlap
-from robplug.vision.boxes import decode, encode, survivors
+from robplug.vision.boxes import decode, distinct, encode, rows, survivors
 from robplug.vision.nets import conv_block
 from robplug.vision.protocol import Proposals
 from robplug.zoo import BasicBlock
@@ -59,12 +59,7 @@ class AnchorDetector(nn.Module):
     def proposals(self, x: Tensor) -> Proposals:
         """Returns the proposals, the one with least background first; see `robplug.vision.protocol.Detector`."""
         logits, offsets = self(x)
-        boxes = self._boxes(offsets.detach(), x)
-        order = logits.detach().softmax(2)[..., 0].argsort(dim=1, stable=True)
-        valid = survivors(_rows(boxes, order), torch.ones_like(order, dtype=torch.bool), self.nms_threshold)
-        kept = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(valid.sum(1).max())]
-        order = order.gather(1, kept)
-        return Proposals(_rows(boxes, order), _rows(logits, order), valid.gather(1, kept))
+        return distinct(self._boxes(offsets.detach(), x), logits, self.nms_threshold)
 
     @torch.no_grad()
     def detections(self, x: Tensor) -> Tensor:
@@ -74,14 +69,14 @@ class AnchorDetector(nn.Module):
         """
         logits, offsets = self(x)
         scores, order = logits.softmax(2)[..., 1:].transpose(1, 2).topk(min(CANDIDATES, logits.shape[1]))
-        boxes = _rows(self._boxes(offsets, x)[:, None].expand(-1, self.classes - 1, -1, -1), order)
+        boxes = rows(self._boxes(offsets, x)[:, None].expand(-1, self.classes - 1, -1, -1), order)
         kept = survivors(boxes.flatten(0, 1), (scores >= SCORE_THRESHOLD).flatten(0, 1), DETECTION_NMS)
         labels = torch.arange(1, self.classes, device=x.device)[:, None].expand_as(scores)
         labels = labels.masked_fill(~kept.view_as(scores), PADDING)
-        rows = torch.cat([boxes, scores[..., None], labels[..., None]], -1).flatten(1, 2)
-        rows[rows[..., 5] == PADDING] = PADDING
-        best = rows[..., 4].argsort(dim=1, descending=True, stable=True)[:, :DETECTIONS]
-        return F.pad(_rows(rows, best), (0, 0, 0, DETECTIONS - best.shape[1]), value=PADDING)
+        found = torch.cat([boxes, scores[..., None], labels[..., None]], -1).flatten(1, 2)
+        found[found[..., 5] == PADDING] = PADDING
+        best = found[..., 4].argsort(dim=1, descending=True, stable=True)[:, :DETECTIONS]
+        return F.pad(rows(found, best), (0, 0, 0, DETECTIONS - best.shape[1]), value=PADDING)
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns (N,) the loss of each image: cross-entropy and smooth L1 per matched anchor.
@@ -110,12 +105,12 @@ class AnchorDetector(nn.Module):
 
     def _anchors(self, x: Tensor) -> Tensor:
         """Returns the anchors, (A, 4): row by row, all sizes at a place."""
-        rows, columns = (
+        down, across = (
             STRIDE * (torch.arange(-(-length // STRIDE), device=x.device, dtype=torch.float32) + 0.5)
             for length in x.shape[2:]
         )
-        y, x1 = torch.meshgrid(rows, columns, indexing="ij")
-        centre = torch.stack([x1, y], -1).view(-1, 1, 2)
+        y, x_ = torch.meshgrid(down, across, indexing="ij")
+        centre = torch.stack([x_, y], -1).view(-1, 1, 2)
         half = torch.tensor(self.sizes, device=x.device).view(1, -1, 1) / 2
         return torch.cat([centre - half, centre + half], -1).view(-1, 4)
 
@@ -131,12 +126,7 @@ def _match(anchors: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     best, which = iou.max(2)
     labels = y[..., 4].gather(1, which).long()
     labels = labels.masked_fill(best < POSITIVE, -1).masked_fill(best < NEGATIVE, 0)
-    return labels, _rows(y[..., :4], which)
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Returns rows of (..., R, K) by their numbers (..., S), (..., S, K)."""
-    return values.gather(-2, index[..., None].expand(*index.shape, values.shape[-1]))
+    return labels, rows(y[..., :4], which)
 
 
 def ssd_plain(classes: int = 4, width: int = 24, sizes: Sequence[float] = (12, 18, 25)) -> nn.Module:

@@ -8,8 +8,37 @@ from robplug.types import DatasetSpec, TargetSpec
 
 @hookimpl
 def robplug_targets() -> list[TargetSpec]:
-    """Small networks for the shapes, untrained."""
+    """Small networks for the shapes, untrained, and what makes targets of torchvision's networks."""
+    models = "torchvision.models"
     return [
+        TargetSpec(
+            name="torchvision/segmentation",
+            make="robplug.vision.torchvision_models:from_segmentation",
+            summary="an FCN, DeepLabV3 or LRASPP of torchvision",
+            accepts=(
+                f"{models}.segmentation._utils._SimpleSegmentationModel",
+                f"{models}.segmentation.lraspp.LRASPP",
+            ),
+            task="segmentation",
+        ),
+        TargetSpec(
+            name="torchvision/detection",
+            make="robplug.vision.torchvision_models:from_detector",
+            summary="a Faster R-CNN, RetinaNet or SSD of torchvision",
+            accepts=(
+                f"{models}.detection.faster_rcnn.FasterRCNN",
+                f"{models}.detection.retinanet.RetinaNet",
+                f"{models}.detection.ssd.SSD",
+            ),
+            task="detection",
+        ),
+        TargetSpec(
+            name="art/object-detector",
+            make="robplug.vision.torchvision_models:from_art_detector",
+            summary="an ART PyTorchObjectDetector or PyTorchFasterRCNN",
+            accepts=("art.estimators.object_detection.pytorch_object_detector.PyTorchObjectDetector",),
+            task="detection",
+        ),
         TargetSpec(
             name="robplug/fcn-small",
             make="robplug.vision.nets:fcn_small",

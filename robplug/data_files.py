@@ -91,7 +91,7 @@ def npz(split: str = "test", root: str | None = None, bounds: Sequence[float] = 
         InputError: the file is missing or damaged, an array is missing or of another shape or type, or a value lies
             outside the bounds.
     """
-    path = _root(root, "npz", "an .npz archive is made with numpy.savez(path, x=x, y=y)")
+    path = root_of(root, "npz", "an .npz archive is made with numpy.savez(path, x=x, y=y)")
     path = path / f"{split}.npz" if path.is_dir() else path
     x, y = _read_npz(path)
     low, high = (float(value) for value in bounds)
@@ -122,7 +122,7 @@ def folder(split: str = "test", root: str | None = None) -> Dataset:
         InputError: there is no image, or one is damaged, of another size or mode, or of another kind of file.
     """
     remedy = "images belong in root/<split>/<class>/, or with split='all' in root/<class>/"
-    top = _root(root, "folder", remedy)
+    top = root_of(root, "folder", remedy)
     top = top if split == "all" else top / split
     classes = sorted(path for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
     files = [(path, label) for label, name in enumerate(classes) for path in _visible(name)]
@@ -133,7 +133,8 @@ def folder(split: str = "test", root: str | None = None) -> Dataset:
     return Dataset(top.name, _unit(images.transpose(0, 3, 1, 2)), y, class_names=tuple(path.name for path in classes))
 
 
-def _root(root: str | None, name: str, source: str) -> Path:
+def root_of(root: str | None, name: str, source: str) -> Path:
+    """Returns the folder that a user named, or that the environment variable ``ROBPLUG_DATA`` names."""
     given = root or os.environ.get("ROBPLUG_DATA")
     if not given:
         remedy = f"pass root= or set the environment variable ROBPLUG_DATA; {source}"
@@ -146,7 +147,7 @@ def _root(root: str | None, name: str, source: str) -> Path:
 
 def _home(root: str | None, name: str, below: Sequence[str], first: Sequence[str], source: str) -> Path:
     """Returns the folder that holds the first file, root itself or one of the usual folders below it."""
-    top = _root(root, name, source)
+    top = root_of(root, name, source)
     folders = [top, *(top / sub for sub in below)]
     for candidate in folders:
         if any((candidate / file).is_file() for file in first):
@@ -211,7 +212,7 @@ def _visible(top: Path) -> list[Path]:
 
 
 def _same_size(paths: Sequence[Path]) -> list[Bytes]:
-    images = [_read_image(path) for path in paths]
+    images = [read_image(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             expected = f"{path} of (height, width, channels) {images[0].shape} like {paths[0]}"
@@ -219,14 +220,14 @@ def _same_size(paths: Sequence[Path]) -> list[Bytes]:
     return images
 
 
-def _read_image(path: Path) -> Bytes:
+def read_image(path: Path) -> Bytes:
     """Returns an image as (H, W, C)."""
     if path.suffix.lower() not in IMAGES:
         raise InputError(f"an image ({' '.join(IMAGES)})", path, "move other files out of the class folders")
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
-        raise RobplugError("the data set folder needs the package pillow: pip install pillow") from error
+        raise RobplugError("reading images needs the package pillow: pip install pillow") from error
     try:
         with Image.open(path) as image:
             mode, values = image.mode, np.asarray(image)

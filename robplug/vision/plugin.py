@@ -76,7 +76,8 @@ def robplug_targets() -> list[TargetSpec]:
 
 @hookimpl
 def robplug_datasets() -> list[DatasetSpec]:
-    """The synthetic shapes."""
+    """The synthetic shapes, and readers of the user's files."""
+    files: dict[str, object] = {"split": "val", "root": None, "size": None, "samples": None}
     shapes: dict[str, object] = {
         "split": "test",
         "samples": 500,
@@ -99,6 +100,30 @@ def robplug_datasets() -> list[DatasetSpec]:
             make="robplug.vision.shapes:shapes_boxes",
             summary="the same images with boxes",
             params=shapes,
+            task="detection",
+        ),
+        DatasetSpec(
+            name="voc-segmentation",
+            make="robplug.vision.files:voc_segmentation",
+            summary="images and pixel labels in folders of VOC's form",
+            source="Everingham et al. 2010",
+            params={**files, "classes": None},
+            task="segmentation",
+        ),
+        DatasetSpec(
+            name="voc-detection",
+            make="robplug.vision.files:voc_detection",
+            summary="images and boxes in folders of VOC's form",
+            source="Everingham et al. 2010",
+            params={**files, "classes": None},
+            task="detection",
+        ),
+        DatasetSpec(
+            name="coco-detection",
+            make="robplug.vision.files:coco_detection",
+            summary="images and boxes from annotations of COCO's form",
+            source="Lin et al. 2014",
+            params={**files, "split": "val2017"},
             task="detection",
         ),
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from robplug.referee import rules_probes, rules_rows
 from robplug.referee.cells import names_of
 from robplug.referee.entries import Attack, Subject, subject_identity
-from robplug.referee.findings import LEVELS, CannotCheckError, Check, Diagnosis, Evidence, Finding, Probe, Unchecked
+from robplug.referee.findings import LEVELS, NO_FLAG, CannotCheckError, Check, Diagnosis, Evidence, Finding, Probe
 from robplug.referee.rundir import Run, StoredCell
 
 CHECKS: tuple[Check, ...] = (
@@ -25,7 +25,7 @@ CHECKS: tuple[Check, ...] = (
     rules_rows.budget,
     rules_probes.noise,
     rules_probes.convergence,
-    rules_rows.repeats,
+    rules_probes.averaging,
     rules_rows.silent,
 )
 """All checks, those first that explain others."""
@@ -44,60 +44,53 @@ def diagnose(
         numbers: the attack of each of ``run.cells``.
     """
     place = {subject_identity(cell): number for cell, number in zip(run.own, subject_of, strict=True)}
-    own: dict[int, list[tuple[Attack, StoredCell]]] = {subject.number: [] for subject in subjects}
-    foreign: dict[int, list[tuple[Attack, StoredCell]]] = {subject.number: [] for subject in subjects}
-    for cell, number in zip(run.cells, numbers, strict=True):
-        subject = place.get(subject_identity(cell))  # a victim need not be attacked itself
-        if subject is not None:
-            (foreign if cell.transferred else own)[subject].append((attacks[number - 1], cell))
-    return tuple(_diagnose(run, subject, own[subject.number], foreign[subject.number]) for subject in subjects)
+    found = []
+    for subject in subjects:
+        # a victim of transfers need not be attacked itself
+        mine = [place.get(subject_identity(cell)) == subject.number for cell in run.cells]
+        cells = [(attacks[n - 1], cell) for cell, n, own in zip(run.cells, numbers, mine, strict=True) if own]
+        found.append(_diagnose(run, subject, cells))
+    return tuple(found)
 
 
-def _diagnose(
-    run: Run,
-    subject: Subject,
-    cells: list[tuple[Attack, StoredCell]],
-    foreign: list[tuple[Attack, StoredCell]],
-) -> Diagnosis:
-    record = cells[0][1].record
-    model, threat = _probe(run, record, None), _probe(run, record, subject.norm)
-    off = run.record["plan"].get("probes") == 0
-    no_probe = "the plan has probes = 0" if off else "no probe of it was run"
-    evidence = Evidence(subject, tuple(cells), tuple(foreign), model, threat, no_probe)
+def _diagnose(run: Run, subject: Subject, cells: list[tuple[Attack, StoredCell]]) -> Diagnosis:
+    own = tuple((attack, cell) for attack, cell in cells if not cell.transferred)
+    foreign = tuple((attack, cell) for attack, cell in cells if cell.transferred)
+    record = own[0][1].record
+    threat = Probe("probes are untargeted") if subject.targeted else _probe(run, record, subject.norm)
+    evidence = Evidence(subject, own, foreign, _probe(run, record, None), threat)
     findings: list[Finding] = []
-    checked, unchecked = [], []
+    unchecked: dict[str, str] = {}
     for check in CHECKS:
         try:
             if record.get("task", "classification") != "classification":
-                raise CannotCheckError(f"no check is made of {record['task']}")
+                raise CannotCheckError(f"there is no check of {record['task']}")
             findings += check(evidence)
-            checked.append(check.name)
         except CannotCheckError as error:
-            unchecked.append(Unchecked(check.name, str(error)))
-    worst = max((LEVELS.index(finding.level) for finding in findings), default=0)
+            unchecked[check.name] = str(error)
     return Diagnosis(
         subject=subject.number,
-        verdict=LEVELS[worst],
+        verdict=max((finding.level for finding in findings), key=LEVELS.index, default=NO_FLAG),
         findings=tuple(findings),
-        checked=tuple(checked),
-        unchecked=tuple(unchecked),
-        adaptive=_adaptive(run, record, cells),
-        steps=() if subject.targeted else rules_probes.curve(threat),
+        checked=tuple(check.name for check in CHECKS if check.name not in unchecked),
+        unchecked=unchecked,
+        adaptive=_adaptive(run, record, own),
+        steps=rules_probes.curve(threat),
     )
 
 
-def _probe(run: Run, record: dict[str, Any], norm: str | None) -> Probe | None:
+def _probe(run: Run, record: dict[str, Any], norm: str | None) -> Probe:
     """Returns the probe of a target and its data, of the model alone without a norm."""
     asked = [record["target"], record["digests"]["data"], norm]
     for probe in run.probes:
         if [probe["target"], probe["data"], probe["norm"]] == asked:
             columns = {name: np.array(values, dtype=float) for name, values in probe["columns"].items()}
             samples, y = (np.array(probe[name], dtype=int) for name in ("samples", "y"))
-            return Probe(samples, y, probe["eps"], columns, probe["failed"])
-    return None
+            return Probe("it was not measured", samples, y, probe["eps"], columns, probe["failed"])
+    return Probe("the plan has probes = 0" if run.record["plan"].get("probes") == 0 else "the model was not probed")
 
 
-def _adaptive(run: Run, record: dict[str, Any], cells: list[tuple[Attack, StoredCell]]) -> tuple[int, ...]:
+def _adaptive(run: Run, record: dict[str, Any], cells: Sequence[tuple[Attack, StoredCell]]) -> tuple[int, ...]:
     """Returns the attacks that the plan names as adaptive to the target."""
     entries = run.record["plan"].get("targets", ())
     named = {name for entry in entries if entry["name"] == record["target"] for name in entry.get("adaptive", ())}

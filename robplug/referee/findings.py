@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from robplug.referee.binomial import SIGNIFICANT, mcnemar
 from robplug.referee.entries import Attack, Subject
+from robplug.referee.paired import Array
 from robplug.referee.rundir import StoredCell
 from robplug.referee.wilson import Rate, wilson
 
-Array = np.ndarray[Any, Any]
 NO_FLAG, SUSPICIOUS, INVALID = LEVELS = ("no flag", "suspicious", "invalid")
 """Verdicts, the worst last. None of them is "reliable": no check proves that."""
 MANY = 0.01
@@ -42,25 +40,12 @@ class Finding:
 
     level: str
     evidence: str
-    numbers: dict[str, float]
+    numbers: Mapping[str, float]
     eps: float | None = None
     attacks: tuple[int, ...] = ()
     check: str = ""
     source: str = ""
     remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Unchecked:
-    """A check that could not be made.
-
-    Attributes:
-        check: its name.
-        reason: why.
-    """
-
-    check: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +73,7 @@ class Diagnosis:
         verdict: the worst level of the findings, or "no flag".
         findings: what was raised.
         checked: names of the checks that were made.
-        unchecked: those that could not be made.
+        unchecked: those that could not be made, and why.
         adaptive: numbers of the attacks that the plan names as adaptive to the target's defence and that have begun.
         steps: the probe's curve over numbers of steps; empty without.
     """
@@ -97,7 +82,7 @@ class Diagnosis:
     verdict: str
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
-    unchecked: tuple[Unchecked, ...]
+    unchecked: dict[str, str]
     adaptive: tuple[int, ...]
     steps: tuple[StepPoint, ...]
 
@@ -131,92 +116,43 @@ class Probe:
     """What was measured on some samples at the end of a run; see `robplug.referee.probes`.
 
     Attributes:
+        missing: why there is none, if there is none.
         samples: indices in the data set.
         y: their classes.
         eps: the radius, or None of a probe of the model alone.
         columns: measurements by name, an entry a sample.
-        failed: why a measurement is missing, by its name.
+        failed: why a measurement could not be made, by its name.
     """
 
-    samples: Array
-    y: Array
-    eps: float | None
-    columns: dict[str, Array]
-    failed: dict[str, str]
+    missing: str
+    samples: Array = field(default_factory=lambda: np.zeros(0, dtype=int))
+    y: Array = field(default_factory=lambda: np.zeros(0, dtype=int))
+    eps: float | None = None
+    columns: dict[str, Array] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def column(self, measure: str, name: str) -> Array:
         """Returns one column of a measurement.
 
         Raises:
-            CannotCheckError: it could not be made.
+            CannotCheckError: it is not there.
         """
-        if measure in self.failed:
-            raise CannotCheckError(self.failed[measure])
+        if not self.has(measure):
+            raise CannotCheckError(self.failed.get(measure, self.missing))
         return self.columns[f"{measure}.{name}"]
 
+    def share(self, measure: str, name: str) -> Rate:
+        """Returns the share of samples for which a column is true."""
+        return share(self.column(measure, name) > 0)
 
-@dataclass(frozen=True)
-class Verdicts:
-    """What some cells together say at one radius, an entry a sample of the data set.
-
-    Attributes:
-        broken: at least one breaks it.
-        answered: at least one gave a valid answer.
-    """
-
-    broken: Array
-    answered: Array
-
-    @classmethod
-    def of(cls, cells: Sequence[StoredCell], eps: float) -> Verdicts:
-        """Returns what those of the cells say that are read at this radius; all are of one data set."""
-        broken, answered = np.zeros((2, max(cell.expected for cell in cells)), dtype=bool)
-        read = [(cell, reading) for cell in cells for reading in cell.readings if reading.eps == eps]
-        for cell, reading in read:
-            broken[cell.sample] |= cell.broken(reading)
-            answered[cell.sample] |= np.isin(cell.status, ("robust", "broken"))
-        return cls(broken, answered)
+    def has(self, measure: str) -> bool:
+        """Whether a measurement was made."""
+        return any(name.startswith(f"{measure}.") for name in self.columns)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Two attacks on the samples that both answered."""
-
-    total: int
-    only_first: int
-    only_second: int
-
-    @classmethod
-    def of(cls, first: Verdicts, second: Verdicts) -> Pairs:
-        """Compares two attacks sample by sample."""
-        both = first.answered & second.answered
-        only = [int((one.broken & ~other.broken & both).sum()) for one, other in ((first, second), (second, first))]
-        return cls(int(both.sum()), *only)
-
-    @property
-    def p(self) -> float:
-        """Of the difference, by McNemar's test."""
-        return mcnemar(self.only_first, self.only_second)
-
-    @property
-    def differ(self) -> bool:
-        """Whether the two do not break alike, and not by chance."""
-        return self.p < SIGNIFICANT
-
-    @property
-    def first_wins(self) -> bool:
-        """Whether the first breaks more, and not by chance."""
-        return self.only_first > self.only_second and self.differ
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """For programs."""
-        return {"samples": self.total, "only_first": self.only_first, "only_second": self.only_second, "p": self.p}
-
-    def told(self, first: str, second: str) -> str:
-        """For people."""
-        counts = f"{self.only_first} samples fall to {first} alone, {self.only_second} to {second} alone"
-        return f"{counts}, of {self.total} (McNemar p = {self.p:.2g})"
+def share(hits: Array) -> Rate:
+    """Returns the share of true entries."""
+    return wilson(int(hits.sum()), len(hits))
 
 
 @dataclass(frozen=True)
@@ -227,17 +163,15 @@ class Evidence:
         subject: what is diagnosed.
         cells: attacks made on the target, and their cells.
         foreign: likewise, made on another target and judged on this one.
-        model: the probe of the model, or None.
-        threat: the probe of the model under this threat, or None.
-        no_probe: why there is none.
+        model: the probe of the model.
+        threat: the probe of the model under this threat.
     """
 
     subject: Subject
     cells: tuple[tuple[Attack, StoredCell], ...]
-    foreign: tuple[tuple[Attack, StoredCell], ...] = ()
-    model: Probe | None = None
-    threat: Probe | None = None
-    no_probe: str = "no probe was run"
+    foreign: tuple[tuple[Attack, StoredCell], ...]
+    model: Probe
+    threat: Probe
 
     @cached_property
     def radii(self) -> list[float]:
@@ -261,41 +195,15 @@ class Evidence:
             raise CannotCheckError("the plan has no gradient attack of several steps")
         return found
 
-    def probe_of_model(self) -> Probe:
-        """Returns the probe of the model.
-
-        Raises:
-            CannotCheckError: there is none.
-        """
-        if self.model is None:
-            raise CannotCheckError(self.no_probe)
-        return self.model
-
-    def probe_of_threat(self) -> Probe:
-        """Returns the probe under the threat.
-
-        Raises:
-            CannotCheckError: there is none, or it is of another kind of threat.
-        """
-        if self.subject.targeted:
-            raise CannotCheckError("probes are untargeted")
-        if self.threat is None:
-            raise CannotCheckError(self.no_probe)
-        return self.threat
-
     def need_repeatable(self) -> None:
-        """Makes sure that two calls of the model give one answer.
+        """Makes sure that two calls of the model give one answer, as far as that is known.
 
         Raises:
             CannotCheckError: they do not, and what follows would measure chance.
         """
         if self.stochastic:
             raise CannotCheckError("the target is stochastic")
-        if (
-            self.model is not None
-            and "repeat.differs" in self.model.columns
-            and self.model.column("repeat", "differs").any()
-        ):
+        if self.model.has("repeat") and self.model.share("repeat", "differs").count:
             raise CannotCheckError("two identical calls of the model differ")
 
 
@@ -306,14 +214,6 @@ def is_one_step(cell: StoredCell) -> bool:
     return 0 < backwards == attacked * int(cell.record["target_info"]["eot"])
 
 
-def share(hits: Array) -> Rate:
-    """Returns the share of true entries."""
-    return wilson(int(hits.sum()), len(hits))
-
-
-def by_attack(cells: Iterable[tuple[Attack, StoredCell]]) -> Iterator[tuple[Attack, list[StoredCell]]]:
-    """Yields each attack with its cells."""
-    groups: dict[int, tuple[Attack, list[StoredCell]]] = {}
-    for attack, cell in cells:
-        groups.setdefault(attack.number, (attack, []))[1].append(cell)
-    yield from groups.values()
+def is_noise(cell: StoredCell) -> bool:
+    """Whether an attack draws points and does not search."""
+    return "noise" in str(cell.record["attack"])

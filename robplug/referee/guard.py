@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,30 +206,42 @@ def run_guarded(job: Assignment) -> Outcome:
     seen = job.target.for_attack()
     shell = dataclasses.replace(seen, module=(DetectorShell if seen.task == "detection" else Shell)(seen, watch))
     outcome = Outcome()
-    module = job.target.module
-    frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with evaluation_mode(module), seeded_globals(job.rng.batch_seed()):
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        before, numbers = ModuleState(module, strict=True), global_numbers()
-        threshold = getattr(module, "nms_threshold", None)
+    with undisturbed(job.target, job.rng.batch_seed()) as outcome.notes:
         start = time.perf_counter()
         try:
-            job.target.reset(job.rng.batch_seed() % (1 << 31))
             _call(job, shell, outcome, deadline)
         finally:
             outcome.seconds = time.perf_counter() - start
-            outcome.notes += [f"changed {what}" for what in before.restore()]
-            if getattr(module, "nms_threshold", None) != threshold:
-                setattr(module, "nms_threshold", threshold)  # noqa: B010 (nn.Module declares tensors and modules only)
-                outcome.notes.append("changed nms_threshold")
-            if global_numbers() != numbers:
-                outcome.notes.append("used or reseeded the global random numbers")
-            for parameter in frozen:
-                parameter.requires_grad_(True)
     outcome.forwards, outcome.backwards = watch.forwards, watch.backwards
     outcome.silent = None if job.target.stochastic or job.y.dim() > 1 else watch.silent
     return outcome
+
+
+@contextmanager
+def undisturbed(target: Target, seed: int) -> Iterator[list[str]]:
+    """Inside, the model is in eval mode, has no gradients of its parameters, and draws the numbers of a seed.
+
+    Afterwards model and global random numbers are what they were, and the list yielded has what had changed.
+    """
+    notes: list[str] = []
+    frozen = [parameter for parameter in target.module.parameters() if parameter.requires_grad]
+    with evaluation_mode(target.module), seeded_globals(seed):
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        before, numbers = ModuleState(target.module, strict=True), global_numbers()
+        threshold = getattr(target.module, "nms_threshold", None)
+        try:
+            target.reset(seed % (1 << 31))
+            yield notes
+        finally:
+            notes += [f"changed {what}" for what in before.restore()]
+            if getattr(target.module, "nms_threshold", None) != threshold:
+                setattr(target.module, "nms_threshold", threshold)  # noqa: B010 (nn.Module declares tensors and modules)
+                notes.append("changed nms_threshold")
+            if global_numbers() != numbers:
+                notes.append("used or reseeded the global random numbers")
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
 
 def _call(job: Assignment, shell: Target, outcome: Outcome, deadline: float) -> None:

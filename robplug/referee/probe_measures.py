@@ -167,11 +167,6 @@ def noise(part: Part) -> Columns:
     return {name: torch.stack([draw[name] for draw in draws]).any(0) for name in draws[0]}
 
 
-def step(part: Part) -> Columns:
-    """Takes one gradient step, and looks whether the model still answers."""
-    return part.judged(part.climb(part.ball, Steps(steps=1, step_size=part.eps, early_stop=False, loss=margin)))
-
-
 def steps(part: Part) -> Columns:
     """Runs PGD on the margin with more and more steps."""
     columns: Columns = {}
@@ -205,4 +200,4 @@ OF_MODEL: dict[str, Callable[[Part], Columns]] = {
     "differences": differences,
     "unbounded": unbounded,
 }
-OF_THREAT: dict[str, Callable[[Part], Columns]] = {"noise": noise, "step": step, "steps": steps, "averaging": averaging}
+OF_THREAT: dict[str, Callable[[Part], Columns]] = {"noise": noise, "steps": steps, "averaging": averaging}

@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robplug.isolation import ModuleState, seeded_globals
+from robplug.referee.guard import undisturbed
+from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job
 from robplug.referee.plan import Plan
-from robplug.referee.probe_measures import OF_MODEL, OF_THREAT, Columns, Part
+from robplug.referee.probe_measures import OF_MODEL, OF_THREAT, Columns, NotMeasurableError, Part
 from robplug.referee.store import Store
 from robplug.rng import Rng
-from robplug.targets import Target, evaluation_mode
 
 VERSION = 1
 """Raised when a measure changes, so that old probes are not taken for new ones."""
@@ -92,14 +91,19 @@ def run_probe(probe: PlannedProbe, plan: Plan, store: Store, classes: Classes) -
     Raises:
         StoreError: it cannot be written.
     """
-    if store.has_probe(probe.key):
+    if store.probe_path(probe.key).is_file():
         return
     start = time.perf_counter()
     ids = _right(probe, plan, classes)
     columns: dict[str, list[float | None]] = {}
     failed: dict[str, str] = {}
-    for name, measure in (OF_MODEL if probe.norm is None else OF_THREAT).items():
+    heartbeat = Heartbeat(store.probe_path(probe.key).with_suffix(""))
+    alive = heartbeat.begin()
+    for number, (name, measure) in enumerate((OF_MODEL if probe.norm is None else OF_THREAT).items()):
+        heartbeat.beat(number)
         try:
+            if not alive:
+                raise NotMeasurableError("killed twice at the same point")
             columns |= {f"{name}.{key}": values for key, values in _measure(measure, probe, ids, plan.chunk).items()}
         except Exception as error:  # the user's model may raise anything
             failed[name] = f"could not run: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
@@ -116,6 +120,7 @@ def run_probe(probe: PlannedProbe, plan: Plan, store: Store, classes: Classes) -
             "failed": failed,
         },
     )
+    heartbeat.end()
 
 
 def _right(probe: PlannedProbe, plan: Plan, classes: Classes) -> list[int]:
@@ -152,20 +157,3 @@ def _plain(value: float) -> float | None:
     """Returns what JSON can hold."""
     number = float(value)
     return number if abs(number) < float("inf") else None  # also None for nan
-
-
-@contextmanager
-def undisturbed(target: Target, seed: int) -> Iterator[None]:
-    """Inside, the model is in eval mode, without gradients of its parameters; afterwards it is what it was."""
-    frozen = [parameter for parameter in target.module.parameters() if parameter.requires_grad]
-    with evaluation_mode(target.module), seeded_globals(seed):
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        before = ModuleState(target.module, strict=True)
-        try:
-            target.reset(seed % (1 << 31))
-            yield
-        finally:
-            before.restore()
-            for parameter in frozen:
-                parameter.requires_grad_(True)

@@ -11,19 +11,17 @@ from robplug.referee.findings import (
     INVALID,
     MANY,
     SUSPICIOUS,
-    Array,
     CannotCheckError,
     Evidence,
     Finding,
-    Pairs,
     Probe,
     StepPoint,
-    Verdicts,
     check,
+    is_noise,
     is_one_step,
     share,
 )
-from robplug.referee.rules_rows import is_noise
+from robplug.referee.paired import Array, Pairs, Verdicts
 from robplug.referee.wilson import Rate, wilson
 
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -49,8 +47,7 @@ def repeatable(evidence: Evidence) -> Iterator[Finding]:
     """
     if evidence.stochastic:
         raise CannotCheckError("the target is declared stochastic")
-    probe = evidence.probe_of_model()
-    differs, changes = (share(probe.column("repeat", name) > 0) for name in ("differs", "changes"))
+    differs, changes = (evidence.model.share("repeat", name) for name in ("differs", "changes"))
     if differs.count:
         told = (
             f"a second identical call gives other logits for {_of(differs)} samples, another class for {changes.count}"
@@ -78,13 +75,10 @@ def answers(evidence: Evidence) -> Iterator[Finding]:
         (evidence.model, "answers", "at clean samples or near them"),
         (evidence.model, "unbounded", "after an unbounded attack"),
         (evidence.threat, "noise", "under noise"),
-        (evidence.threat, "step", "after one gradient step"),
     ):
-        if probe is not None and measure not in probe.failed:
-            rate = share(probe.column(measure, "infinite") > 0)
-            if rate.count:
-                told = f"no finite answer for {_of(rate)} samples {where}"
-                yield Finding(INVALID, told, {"infinite": rate.count, "samples": rate.total}, probe.eps)
+        if probe.has(measure) and (rate := probe.share(measure, "infinite")).count:
+            numbers = {"infinite": rate.count, "samples": rate.total}
+            yield Finding(INVALID, f"no finite answer for {_of(rate)} samples {where}", numbers, probe.eps)
 
 
 @check(
@@ -100,9 +94,8 @@ def gradients(evidence: Evidence) -> Iterator[Finding]:
     Invalid where it is no number, which ends every gradient attack, and above one half of the samples, for then the
     attacks have searched most of them blindly; suspicious below.
     """
-    probe = evidence.probe_of_model()
     for name, told in (("infinite", "nan or inf"), ("zero", "zero"), ("constant", "the same as in another class")):
-        rate = share(probe.column("gradients", name) > 0)
+        rate = evidence.model.share("gradients", name)
         if rate.low > MANY:
             level = INVALID if name == "infinite" or rate.low > 0.5 else SUSPICIOUS
             text = f"the margin's gradient is {told} for {_of(rate)} samples"
@@ -120,8 +113,7 @@ def saturation(evidence: Evidence) -> Iterator[Finding]:
     Suspicious: attacks on the cross-entropy stand still there, and others do not. Small gradients are no sign: 8 % of
     those of a healthy ResNet-20 are below 1e-6, so that only what float32 cannot hold is counted.
     """
-    probe = evidence.probe_of_model()
-    rate = share((probe.column("gradients", "underflow") > 0)[usable(probe)])
+    rate = share((evidence.model.column("gradients", "underflow") > 0)[usable(evidence.model)])
     if rate.low > MANY:
         told = f"the cross-entropy has no gradient in float32 for {_of(rate)} samples on which the margin has one"
         yield Finding(SUSPICIOUS, told, {"underflow": rate.count, "samples": rate.total})
@@ -141,8 +133,7 @@ def differences(evidence: Evidence) -> Iterator[Finding]:
     directions; the median over samples forgives kinks. Zero gradients have a check of their own.
     """
     evidence.need_repeatable()
-    probe = evidence.probe_of_model()
-    found = probe.column("differences", "disagreement")[usable(probe)]
+    found = evidence.model.column("differences", "disagreement")[usable(evidence.model)]
     found = found[np.isfinite(found)]
     if not len(found):
         raise CannotCheckError("no sample has a gradient to compare")
@@ -172,7 +163,7 @@ def unbounded(evidence: Evidence) -> Iterator[Finding]:
         y = np.concatenate([cell.column("y") for cell in cells])
         yield from _not_reached(verdicts.answered & ~verdicts.broken, y, "gradient attacks of the plan", wide[-1])
         return
-    probe = evidence.probe_of_model()
+    probe = evidence.model
     left, counted = (
         probe.column("unbounded", "broken") == 0,
         usable(probe) & (probe.column("unbounded", "infinite") == 0),
@@ -203,26 +194,23 @@ def noise(evidence: Evidence) -> Iterator[Finding]:
     interval of its share lies above 1 %.
     """
     evidence.need_repeatable()
-    cells = evidence.iterative()
     blind = [cell for _, cell in evidence.cells if is_noise(cell)]
-    for eps in evidence.radii if blind else ():
-        yield from _lucky(Verdicts.of(blind, eps), Verdicts.of(cells, eps), eps)
-    if not blind:
-        probe = evidence.probe_of_threat()
-        assert probe.eps is not None  # of a threat
-        tried = Verdicts.of(cells, probe.eps)
-        broken, answered = np.zeros((2, len(tried.broken)), dtype=bool)
-        answered[probe.samples] = True
-        broken[probe.samples] = probe.column("noise", "broken") > 0
-        yield from _lucky(Verdicts(broken, answered), tried, probe.eps)
+    drawn = {eps: Verdicts.of(blind, eps) for eps in evidence.radii} if blind else _drawn(evidence)
+    for eps, noise in drawn.items():
+        searched = Verdicts.of(evidence.iterative(), eps)
+        rate = share(noise.broken[searched.answered & ~searched.broken & noise.answered])
+        if rate.low > MANY:
+            told = f"eps {formats.radius(eps)}: noise breaks {_of(rate)} samples that gradient attacks leave"
+            yield Finding(SUSPICIOUS, told, {"broken": rate.count, "samples": rate.total}, eps)
 
 
-def _lucky(drawn: Verdicts, searched: Verdicts, eps: float) -> Iterator[Finding]:
-    failed = searched.answered & ~searched.broken & drawn.answered
-    rate = share(drawn.broken[failed])
-    if rate.low > MANY:
-        told = f"eps {formats.radius(eps)}: noise breaks {_of(rate)} samples that gradient attacks leave"
-        yield Finding(SUSPICIOUS, told, {"broken": rate.count, "samples": rate.total}, eps)
+def _drawn(evidence: Evidence) -> dict[float, Verdicts]:
+    """Returns what the probe's noise breaks, at its radius."""
+    probe = evidence.threat
+    broken, answered = np.zeros((2, evidence.cells[0][1].expected), dtype=bool)
+    broken[probe.samples] = probe.column("noise", "broken") > 0
+    answered[probe.samples] = True
+    return {probe.eps or 0.0: Verdicts(broken, answered)}
 
 
 @check(
@@ -237,16 +225,12 @@ def convergence(evidence: Evidence) -> Iterator[Finding]:
     a plan with as many steps as the probe, or more, is compared by the probe's last two.
     """
     evidence.need_repeatable()
-    probe = evidence.probe_of_threat()
-    longest = STEPS[-1]
     own = _steps_of_plan(evidence)
     fewer = next((steps for steps in STEPS[:-1] if steps >= own), STEPS[-2])
-    every = np.ones(len(probe.samples), dtype=bool)
-    long, short = (Verdicts(probe.column("steps", f"broken {steps}") > 0, every) for steps in (longest, fewer))
-    pairs = Pairs.of(long, short)
+    pairs = _columns(evidence.threat, "steps", f"broken {STEPS[-1]}", f"broken {fewer}")
     if pairs.first_wins:
-        told = pairs.told(f"{longest} steps", f"{fewer}")
-        yield Finding(SUSPICIOUS, told, {**pairs.numbers, "steps_of_plan": own}, probe.eps)
+        told = pairs.told(f"{STEPS[-1]} steps", f"{fewer}")
+        yield Finding(SUSPICIOUS, told, {**pairs.numbers, "steps_of_plan": own}, evidence.threat.eps)
 
 
 def _steps_of_plan(evidence: Evidence) -> int:
@@ -260,12 +244,35 @@ def _steps_of_plan(evidence: Evidence) -> int:
     return max(found)
 
 
-def curve(probe: Probe | None) -> tuple[StepPoint, ...]:
+@check(
+    "averaged gradients break more",
+    source="Athalye et al. 2018, section 4.2; Carlini et al. 2019, section 4.6",
+    remedy="raise eot of the target, and restarts and draws of the attacks, until nothing changes any more",
+)
+def averaging(evidence: Evidence) -> Iterator[Finding]:
+    """On a randomised target, PGD with gradients averaged over more draws than the plan's breaks more.
+
+    Suspicious: an attacker may average longer than the plan does. On a deterministic target restarts rightly gain
+    a little, so that nothing is concluded there.
+    """
+    if not evidence.stochastic:
+        raise CannotCheckError("the target is not declared stochastic")
+    pairs = _columns(evidence.threat, "averaging", "often", "once")
+    if pairs.first_wins:
+        told = pairs.told("gradients averaged over more draws", "the plan's own")
+        yield Finding(SUSPICIOUS, told, pairs.numbers, evidence.threat.eps)
+
+
+def _columns(probe: Probe, measure: str, first: str, second: str) -> Pairs:
+    """Compares two columns of a probe."""
+    every = np.ones(len(probe.samples), dtype=bool)
+    return Pairs.of(*(Verdicts(probe.column(measure, name) > 0, every) for name in (first, second)))
+
+
+def curve(probe: Probe) -> tuple[StepPoint, ...]:
     """Returns what is left after each number of steps, or nothing."""
-    if probe is None or "steps" in probe.failed:
-        return ()
     points = []
-    for steps in STEPS:
+    for steps in STEPS if probe.has("steps") else ():
         margins = probe.column("steps", f"margin {steps}")
         margins = np.minimum(margins[np.isfinite(margins)], 0)
         left = int((probe.column("steps", f"broken {steps}") == 0).sum())

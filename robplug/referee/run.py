@@ -94,7 +94,7 @@ def run_plan(
                 if asked():
                     raise Interrupted(store.path)
         for probe in probes:
-            hear.advance(f"probing {probe.job.cell.target.name}", 0, store.has_probe(probe.key))
+            hear.advance(f"probing {probe.job.cell.target.name}", 0, done_before=False)
             run_probe(probe, settings, store, clean.of)
             if asked():
                 raise Interrupted(store.path)

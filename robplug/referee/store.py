@@ -95,18 +95,13 @@ class Store:
         """Writes run.json."""
         write_json(self.path / "run.json", {"schema_version": SCHEMA_VERSION, **record})
 
-    def has_probe(self, key: str) -> bool:
-        """Returns whether a probe was run."""
-        return self._probe(key).is_file()
+    def probe_path(self, key: str) -> Path:
+        """Returns where a probe is stored."""
+        return self.path / "probes" / f"{key[:16]}.json"
 
     def write_probe(self, key: str, record: Mapping[str, Any]) -> None:
         """Writes what a probe measured."""
-        with explained(self.path):
-            (self.path / "probes").mkdir(exist_ok=True)
-        write_json(self._probe(key), {"schema_version": SCHEMA_VERSION, **record})
-
-    def _probe(self, key: str) -> Path:
-        return self.path / "probes" / f"{key[:16]}.json"
+        write_json(self.probe_path(key), {"schema_version": SCHEMA_VERSION, **record})
 
     def cell(self, key: str) -> CellStore:
         """Returns the part of the store that holds one cell."""

@@ -175,6 +175,7 @@ def test_a_chunk_that_kills_the_process_twice_becomes_an_error(tmp_path: Path) -
         targets=[{"name": "deadly", "make": "deadly.py:Deadly"}],
         threats=[{"norm": "linf", "eps": 0.1}],
         chunk=24,
+        probes=0,  # they would be killed too
     )
     arguments = ("run", plan, "--out", tmp_path / "out", "--no-report")
     codes = [command(*arguments).returncode for _ in range(3)]

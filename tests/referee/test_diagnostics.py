@@ -67,7 +67,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Diagnosis, ...]:
     """A plain and an adversarially trained network under everything that a check could be raised by."""
     plan = {
         "targets": [{"name": "robplug/digits-standard"}, {"name": "robplug/digits-at"}],
-        "threats": [{"norm": "linf", "eps": [0.1, 0.2]}, {"norm": "l2", "eps": [0.5, 1.0]}],
+        "threats": [{"norm": "linf", "eps": [0.1, 0.2]}],
         "attacks": [PGD, {"name": "robplug/fgsm"}, {"name": "robplug/noise"}, SQUARE],
         **PLAN,
     }
@@ -79,7 +79,9 @@ def test_a_check_is_raised_alone_by_its_own_target(check: str, tmp_path: Path) -
     target, params, attacks, eps = ITS_OWN[check]
     (diagnosis,) = diagnosed(tmp_path, suspect(target, params), attacks, eps)
     assert raised(diagnosis) == {check}
-    assert diagnosis.verdict == max((finding.level for finding in diagnosis.findings), key=["suspicious", "invalid"].index)
+    assert diagnosis.verdict == max(
+        (finding.level for finding in diagnosis.findings), key=["suspicious", "invalid"].index
+    )
 
 
 def test_every_check_has_a_target() -> None:
@@ -87,7 +89,7 @@ def test_every_check_has_a_target() -> None:
 
 
 def test_healthy_networks_raise_nothing(healthy: tuple[Diagnosis, ...]) -> None:
-    assert [diagnosis.verdict for diagnosis in healthy] == ["no flag"] * 4
+    assert [diagnosis.verdict for diagnosis in healthy] == ["no flag"] * 2
     for diagnosis in healthy:
         assert set(diagnosis.unchecked) == {"averaged gradients break more"}, "all that can be checked is checked"
         assert len(diagnosis.steps) == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ PLAN: dict[str, Any] = {
 
 
 class Linear(nn.Module):
-    """Logits W x, with a gradient that is reported ``factor`` times as large as it is."""
+    """Logits W (x - 1/2), with a gradient that is reported ``factor`` times as large as it is."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Linear(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
+        x = x.flatten(1) - 0.5
         return (self.factor * x - ((self.factor - 1) * x).detach()) @ self.weight.T
 
 
@@ -55,6 +56,7 @@ def part(module: nn.Module, count: int = 24, **options: Any) -> Part:
     target = robplug.target(module, **options)
     with torch.no_grad():
         y = target.logits(x).argmax(1)
+    assert len(y.unique()) > 1
     return Part(target, x, y, Rng(0, range(count)), LINF, EPS)
 
 
@@ -77,10 +79,10 @@ def test_any_number_of_steps_reaches_the_optimum_of_a_linear_model() -> None:
     """Of two classes in linf: the margin rises by eps times the l1 norm of the difference of their rows."""
     model = Linear()
     model.weight = nn.Parameter(model.weight[:2])
-    of = part(model)
+    of = dataclasses.replace(part(model), eps=0.02)
     with torch.no_grad():
         logits = of.target.logits(of.x)
-    best = EPS * (model.weight[0] - model.weight[1]).detach().abs().sum() - (logits[:, 0] - logits[:, 1]).abs()
+    best = of.eps * (model.weight[0] - model.weight[1]).detach().abs().sum() - (logits[:, 0] - logits[:, 1]).abs()
     robust = best <= 0
     assert robust.any() and not robust.all()
     found = measured("steps", of)

@@ -19,7 +19,7 @@ from robplug.types import Task
 OFFERS = ("labels", "scores", "gradients")
 """What a model can be asked for; each includes those before it."""
 
-DETECTOR_METHODS = ("proposals", "detections", "losses")
+DETECTOR_METHODS = ("proposals", "rescore", "detections", "losses")
 """What a detector can do; see `robplug.vision.protocol.Detector`."""
 
 
@@ -87,6 +87,10 @@ class Target:
     def proposals(self, x: Tensor) -> Any:
         """Returns a detector's `robplug.vision.protocol.Proposals`, differentiable in x through their logits."""
         return self.module.proposals(x.to(self.dtype))  # type: ignore[operator]
+
+    def rescore(self, x: Tensor, proposals: Any) -> Tensor:
+        """Returns the logits, (N, R, C), that the same proposals have in other images; differentiable in these."""
+        return self.module.rescore(x.to(self.dtype), proposals)  # type: ignore[no-any-return, operator]
 
     @torch.no_grad()
     def detections(self, x: Tensor) -> Tensor:

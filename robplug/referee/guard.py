@@ -156,6 +156,13 @@ class DetectorShell(Shell):
         self._watch.after(x, found.logits)
         return found
 
+    def rescore(self, x: Tensor, proposals: Any) -> Tensor:
+        """Returns the logits of the same proposals in other images."""
+        self._watch.before(x)
+        logits = self._target.rescore(x, proposals)
+        self._watch.after(x, logits)
+        return logits
+
     def detections(self, x: Tensor) -> Tensor:
         """Returns the detector's answers."""
         self._watch.before(x)

@@ -37,19 +37,21 @@ def survivors(boxes: Tensor, alive: Tensor, threshold: float) -> Tensor:
         kept = again
 
 
-def distinct(boxes: Tensor, logits: Tensor, threshold: float) -> Proposals:
+def distinct(boxes: Tensor, logits: Tensor, threshold: float, anchors: Tensor | None = None) -> Proposals:
     """Returns what non-maximum suppression leaves of classified boxes, the one with least background first.
 
     Args:
         boxes: (N, A, 4).
         logits: (N, A, C), class 0 the background.
         threshold: IoU above which the box with more background is dropped.
+        anchors: (N, A) int64, numbers of the boxes among all anchors; without, they are all of them.
     """
     order = logits.detach().softmax(2)[..., 0].argsort(dim=1, stable=True)
     valid = survivors(rows(boxes, order), torch.ones_like(order, dtype=torch.bool), threshold)
     first = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(valid.sum(1).amax())]
     order = order.gather(1, first)
-    return Proposals(rows(boxes, order), rows(logits, order), valid.gather(1, first))
+    numbers = order if anchors is None else anchors.gather(1, order)
+    return Proposals(rows(boxes, order), rows(logits, order), valid.gather(1, first), numbers)
 
 
 def rows(values: Tensor, index: Tensor) -> Tensor:

@@ -61,6 +61,11 @@ class AnchorDetector(nn.Module):
         logits, offsets = self(x)
         return distinct(self._boxes(offsets.detach(), x), logits, self.nms_threshold)
 
+    def rescore(self, x: Tensor, proposals: Proposals) -> Tensor:
+        """Returns the logits of the same anchors in other images; see `robplug.vision.protocol.Detector`."""
+        assert proposals.anchors is not None  # they are its own
+        return rows(self(x)[0], proposals.anchors)
+
     @torch.no_grad()
     def detections(self, x: Tensor) -> Tensor:
         """Returns (N, 100, 6) rows x1, y1, x2, y2, score, label, the best first, filled up with rows of label -1.

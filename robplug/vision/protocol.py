@@ -16,11 +16,18 @@ class Proposals:
         boxes: (N, R, 4) rows x1, y1, x2, y2 in pixels; carries no gradient.
         logits: (N, R, C), class 0 the background; differentiable in the images.
         valid: (N, R) bool, False for the rows that fill up images with fewer than R proposals.
+        anchors: (N, R) int64, by which the detector finds them again; None where the boxes themselves say it.
     """
 
     boxes: Tensor
     logits: Tensor
     valid: Tensor
+    anchors: Tensor | None = None
+
+    def select(self, images: Tensor) -> Proposals:
+        """Returns the proposals of some of the images, (n,) int64."""
+        anchors = None if self.anchors is None else self.anchors[images]
+        return Proposals(self.boxes[images], self.logits[images], self.valid[images], anchors)
 
 
 @runtime_checkable
@@ -35,6 +42,10 @@ class Detector(Protocol):
 
     def proposals(self, x: Tensor) -> Proposals:
         """Returns the proposals and their class logits."""
+        ...
+
+    def rescore(self, x: Tensor, proposals: Proposals) -> Tensor:
+        """Returns the logits, (N, R, C), that the same proposals have in other images; differentiable in these."""
         ...
 
     def detections(self, x: Tensor) -> Tensor:

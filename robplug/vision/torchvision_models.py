@@ -99,13 +99,25 @@ class TwoStageDetector(TorchvisionDetector):
         with evaluation_mode(self.module):
             images, features = self._features(x)
             boxes, _ = self.module.rpn(images, features)
-            heads = self.module.roi_heads
-            pooled = heads.box_roi_pool(features, boxes, images.image_sizes)
-            logits, _ = heads.box_predictor(heads.box_head(pooled))
+            logits = self._classified(features, boxes, images)
         counts = [len(part) for part in boxes]
         sized = [part * _ratio(x, size) for part, size in zip(boxes, images.image_sizes, strict=True)]
         valid = torch.arange(max(counts), device=x.device) < torch.tensor(counts, device=x.device)[:, None]
         return Proposals(_padded(sized).detach(), _padded(list(logits.split(counts))), valid)
+
+    def rescore(self, x: Tensor, proposals: Proposals) -> Tensor:
+        """Returns the logits of the same boxes in other images; see `robplug.vision.protocol.Detector`."""
+        with evaluation_mode(self.module):
+            images, features = self._features(x)
+            pairs = zip(proposals.boxes, images.image_sizes, strict=True)
+            logits = self._classified(features, [boxes / _ratio(x, size) for boxes, size in pairs], images)
+        return logits.view(*proposals.valid.shape, -1)
+
+    def _classified(self, features: dict[str, Tensor], boxes: list[Tensor], images: Any) -> Tensor:
+        """Returns the logits of all boxes of all images, one after another."""
+        heads = self.module.roi_heads
+        pooled = heads.box_roi_pool(features, boxes, images.image_sizes)
+        return heads.box_predictor(heads.box_head(pooled))[0]  # type: ignore[no-any-return]
 
 
 class OneStageDetector(TorchvisionDetector):
@@ -130,19 +142,29 @@ class OneStageDetector(TorchvisionDetector):
     def proposals(self, x: Tensor) -> Proposals:
         """Returns the proposals and the logits of their classes; see `robplug.vision.protocol.Detector`."""
         with evaluation_mode(self.module):
-            images, features = self._features(x)
-            maps = list(features.values())
-            answers = self.module.head(maps)
+            images, maps, answers, logits = self._answers(x)
             anchors = self.module.anchor_generator(images, maps)
         coder = self.module.box_coder
         pairs = zip(answers["bbox_regression"].detach(), anchors, images.image_sizes, strict=True)
         boxes = torch.stack([coder.decode_single(*pair) * _ratio(x, size) for *pair, size in pairs])
-        logits = answers["cls_logits"]
-        if _is(self.module, "RetinaNet"):
-            logits = F.pad(logits[..., 1:], (1, 0))
         best = (-logits.detach().softmax(2)[..., 0]).topk(min(CANDIDATES, boxes.shape[1])).indices
         limit = torch.tensor(x.shape[2:], device=x.device, dtype=boxes.dtype).flip(0).repeat(2)
-        return distinct(rows(boxes, best).clamp_min(0).minimum(limit), rows(logits, best), self.nms_threshold)
+        placed = rows(boxes, best).clamp_min(0).minimum(limit)
+        return distinct(placed, rows(logits, best), self.nms_threshold, best)
+
+    def rescore(self, x: Tensor, proposals: Proposals) -> Tensor:
+        """Returns the logits of the same anchors in other images; see `robplug.vision.protocol.Detector`."""
+        assert proposals.anchors is not None  # they are its own
+        with evaluation_mode(self.module):
+            return rows(self._answers(x)[3], proposals.anchors)
+
+    def _answers(self, x: Tensor) -> tuple[Any, list[Tensor], Any, Tensor]:
+        """Returns the images as the network sees them, its maps, what its head says, and the logits of all anchors."""
+        images, features = self._features(x)
+        maps = list(features.values())
+        answers = self.module.head(maps)
+        logits = answers["cls_logits"]
+        return images, maps, answers, F.pad(logits[..., 1:], (1, 0)) if _is(self.module, "RetinaNet") else logits
 
 
 def from_segmentation(model: nn.Module, **options: Any) -> Target:

@@ -143,15 +143,21 @@ class _Left:
         return self if bool(keep.all()) else _Left(*(getattr(self, part.name)[keep] for part in fields(self)))
 
 
-def descend(logits_of: LogitsOf, x: Tensor, labels: Tensor, goals: Tensor, how: Descent) -> tuple[Tensor, Record]:
-    """Runs Algorithm 1, for logits that depend on which image it is; arguments and results are those of `dag`."""
+def descend(
+    logits_of: LogitsOf, x: Tensor, labels: Tensor, goals: Tensor, how: Descent, start: Tensor | None = None
+) -> tuple[Tensor, Record]:
+    """Runs Algorithm 1, for logits that depend on which image it is; arguments and results are those of `dag`.
+
+    ``start`` is the perturbation to go on from.
+    """
     x = x.detach()
-    r = torch.zeros_like(x, dtype=accumulator(x))
+    r = torch.zeros_like(x, dtype=accumulator(x)) if start is None else start.clone()
+    seen = x if start is None else (x + r).clamp_(*how.bounds).to(x.dtype)
     iterations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     active = torch.zeros(len(x), how.steps, dtype=torch.int64, device=x.device)
     has_targets = ((labels >= 0) & (goals >= 0) & (labels != goals)).flatten(1).any(1)
     outcome = torch.where(has_targets, USED_UP, NO_TARGETS)
-    left = _Left(torch.arange(len(x), device=x.device), x, x, r, labels, goals).select(has_targets)
+    left = _Left(torch.arange(len(x), device=x.device), x, seen, r, labels, goals).select(has_targets)
     for step in range(how.steps):
         if not len(left.rows):
             break

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robplug.kernels import operator
-from robplug_advprop.kernels import checks, reference
+from robplug_advprop.kernels import checks, parts, reference
 
 Rows = Tensor | Sequence[Tensor]
 Momentum = float | Tensor
@@ -60,17 +60,23 @@ def mixture_batch_norm(
     Source: Xie et al. 2020, Adversarial Examples Improve Image Recognition, section 4 (auxiliary batch norm).
     """
     checks.groups(x, sizes)
+    shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
     shape, dtype = (len(sizes), x.shape[1]), reference.accumulator(x)
+    if x.is_cpu and weight is not None and bias is not None:
+        affine, running = (weight, bias), (running_mean, running_var)
+        if parts.fits(x, sizes, eps, affine, running, shares):
+            rows = [None if one is None else list(one) for one in running]
+            normal: Tensor = parts.MixtureBatchNorm.apply(x, list(sizes), eps, relu, shares, rows, *weight, *bias)[0]
+            return normal
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
     # on the CPU, calling an operator costs as much as normalising a small layer
     call = _Direct.apply if x.is_cpu and not torch.compiler.is_compiling() else _mixture
     out: Tensor
     out, mean, var = call(x, scale, shift, list(sizes), eps, relu)
-    shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
-    for running, batch in ((running_mean, mean), (running_var, var)):
-        if running is not None:
-            _update(running, batch, shares)
+    for kept, batch in ((running_mean, mean), (running_var, var)):
+        if kept is not None:
+            _update(kept, batch, shares)
     return out
 
 

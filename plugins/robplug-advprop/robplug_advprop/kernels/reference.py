@@ -63,7 +63,7 @@ def mixture_batch_norm(
     # with momentum 1, running statistics are those of the batch; zeros, as what is there before counts 0 times
     mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
     saved = torch.empty_like(weight[0]), torch.empty_like(weight[0])
-    in_place, by_rows = _is_dense(x), _has_rows(x)
+    in_place, by_rows = is_dense(x), has_rows(x)
     for k, (group, result) in enumerate(zip(x.split(sizes), out.split(sizes), strict=True)):
         biased = var[k]
         if by_rows:
@@ -89,25 +89,25 @@ def mixture_batch_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `gradients`, given the statistics that the forward pass returned."""
-    by_x, inverse = torch.empty_like(x), inverse_deviation(x, var, sizes, eps)
     outs = [None] * len(sizes) if out is None else out.split(sizes)
-    rows = weight.unbind(), mean.unbind(), inverse.unbind()
-    groups = zip(by_x.split(sizes), g.split(sizes), x.split(sizes), outs, *rows, strict=True)
-    by_weight, by_bias = zip(*(_group_backward(*group) for group in groups), strict=True)
+    rows = weight, mean, inverse_deviation(x, var, sizes, eps)
+    groups = zip(g.split(sizes), x.split(sizes), outs, *rows, strict=True)
+    parts, by_weight, by_bias = zip(*(group_backward(*group) for group in groups), strict=True)
+    by_x = torch.empty_like(x)
+    torch.cat(parts, out=by_x)
     return by_x, torch.stack(by_weight), torch.stack(by_bias)
 
 
-def _group_backward(
-    by_x: Tensor, g: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, mean: Tensor, inverse: Tensor
-) -> list[Tensor]:
-    """Writes the gradient with respect to a group to where it belongs, and returns those of weight and bias."""
+def group_backward(
+    g: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of a group with respect to its values, weight and bias."""
     if out is not None:
         g = torch.ops.aten.threshold_backward(g, out, 0)
-    part, *by_affine = torch.ops.aten.native_batch_norm_backward(
+    by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
         g, x, weight, None, None, mean, inverse, True, 0.0, [True, True, True]
     )
-    by_x.copy_(part)
-    return by_affine
+    return by_x, by_weight, by_bias
 
 
 def inverse_deviation(x: Tensor, var: Tensor, sizes: list[int], eps: float) -> Tensor:
@@ -125,9 +125,9 @@ def _normal(group: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return centred * inverse, inverse
 
 
-def _has_rows(x: Tensor) -> bool:
+def has_rows(x: Tensor) -> bool:
     """Returns whether channels of samples are rows of single or double precision, long enough to pay, on the CPU."""
-    return x.is_cpu and x.is_contiguous() and x.shape[2:].numel() >= 32 and x.dtype == accumulator(x)
+    return x.is_cpu and x.is_contiguous() and x.shape[2:].numel() >= 64 and x.dtype == accumulator(x)
 
 
 def _moments_of_rows(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def _moments_of_rows(group: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (inverses.pow(-2) + (means - mean).square()).mean(0)
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Returns whether the library writes to where it is told: with other strides its results on the CPU are wrong."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return x.is_contiguous() or x.is_contiguous(memory_format=last)

@@ -1,0 +1,69 @@
+"""Mixture batch norm on the CPU as the library's batch norm of each group, in one node of the graph.
+
+Where channels are short or not next to each other, statistics cost no more than the calls around them. So this does
+what splitting the batch does and no more: results are written to where they belong, and weights, biases and running
+statistics stay the separate rows that they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robplug_advprop.kernels import reference
+
+
+def fits(
+    x: Tensor, sizes: Sequence[int], eps: float, affine: Sequence[Any], running: Sequence[Any], momentum: Sequence[Any]
+) -> bool:
+    """Returns whether `MixtureBatchNorm` can do it, and is the faster way; anything wrong or rare is left to others."""
+    dtype = reference.accumulator(x)
+    if not x.is_cpu or torch.compiler.is_compiling() or x.dtype != dtype or not reference.is_dense(x):
+        return False
+    if reference.has_rows(x) or not 0 <= eps < math.inf:
+        return False
+    count = len(sizes)
+    rows = [row for rows in affine for row in rows] + [row for rows in running if rows is not None for row in rows]
+    if len(momentum) != count or any(rows is not None and len(rows) != count for rows in (*affine, *running)):
+        return False
+    plain = all(row.shape == x.shape[1:2] and row.dtype == dtype and row.is_cpu and row.is_contiguous() for row in rows)
+    return plain and all(isinstance(share, float) for share in momentum)
+
+
+class MixtureBatchNorm(torch.autograd.Function):
+    """Returns the result, and mean and inverse deviation of each group, (K, C); updates the running statistics."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, sizes: list[int], eps: float, relu: bool, momentum: Sequence[float], running: Any, *affine: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, count = torch.empty_like(x), len(sizes)
+        mean, inverse = x.new_empty(count, x.shape[1]), x.new_empty(count, x.shape[1])
+        means, variances = (rows or [None] * count for rows in running)
+        groups = zip(x.split(sizes), affine[:count], affine[count:], means, variances, strict=True)
+        results = zip(out.split(sizes), mean, inverse, strict=True)
+        for group, share, result in zip(groups, momentum, results, strict=True):
+            torch.native_batch_norm(*group, True, share, eps, out=result)
+        return out.relu_() if relu else out, mean, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.sizes, ctx.eps, relu, _, _, *affine = inputs
+        out, mean, inverse = output
+        ctx.mark_non_differentiable(mean, inverse)
+        ctx.save_for_backward(x, out if relu else None, mean, inverse, *affine[: len(ctx.sizes)])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, out, mean, inverse, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the derivative of this one
+            by_x, by_weight, by_bias = reference.gradients(g, x, torch.stack(weights), out, ctx.sizes, ctx.eps)
+            return by_x, None, None, None, None, None, *by_weight, *by_bias
+        outs = [None] * len(weights) if out is None else out.split(ctx.sizes)
+        groups = zip(g.split(ctx.sizes), x.split(ctx.sizes), outs, weights, mean, inverse, strict=True)
+        parts, weight_rows, bias_rows = zip(*(reference.group_backward(*group) for group in groups), strict=True)
+        return torch.cat(parts), None, None, None, None, None, *weight_rows, *bias_rows

@@ -73,7 +73,13 @@ def target(model: Any, **options: Any) -> Target:
         >>> robplug.target(torch.nn.Flatten(), bounds=(-1, 1)).bounds
         (-1.0, 1.0)
     """
-    made = registry().named_target(model) if isinstance(model, str) else model
+    from robplug.targets import Target
+
+    if not isinstance(model, str):
+        return registry().target(model, **options)
+    made, task = registry().named_target(model), registry().spec("target", model).task
+    if task != "classification" and not isinstance(made, Target):
+        options = {"task": task, **options}
     return registry().target(made, **options)
 
 

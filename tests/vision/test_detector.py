@@ -176,6 +176,12 @@ def test_nothing_about_the_model_changes() -> None:
     assert model.nms_threshold == 0.7
 
 
+def test_a_name_says_its_task() -> None:
+    tasks = {spec.name: spec.task for spec in robplug.list_targets()}
+    for name in (*NAMES, "robplug/fcn-small", "robplug/unet-small", "robplug/lenet"):
+        assert robplug.target(name).task == tasks[name]
+
+
 def test_the_two_detectors_differ() -> None:
     assert [spec.task for spec in robplug.list_targets() if spec.name in NAMES] == ["detection"] * 2
     kinds = [

@@ -45,7 +45,8 @@ class UNet(nn.Module):
     """An encoder and a decoder of three levels, each level's maps handed across.
 
     Source: Ronneberger, Fischer and Brox 2015, section 2, at small scale.
-    Differs: padded convolutions with batch norm, nearest-neighbour upsampling.
+    Differs: padded convolutions with batch norm, nearest-neighbour upsampling, means in place of maxima, which would
+        pick the noise of single pixels.
 
     Args:
         classes: number of classes, with the background.
@@ -64,8 +65,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Takes (N, 3, H, W), returns (N, classes, H, W) logits."""
         full = self.down1(x)
-        half = self.down2(F.max_pool2d(full, 2))
-        bottom = self.bottom(F.max_pool2d(half, 2))
+        half = self.down2(F.avg_pool2d(full, 2))
+        bottom = self.bottom(F.avg_pool2d(half, 2))
         h = self.up2(torch.cat([half, F.interpolate(bottom, half.shape[2:])], 1))
         h = self.up1(torch.cat([full, F.interpolate(h, full.shape[2:])], 1))
         return self.score(h)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from robplug.targets import evaluation_mode
 from robplug.tasks import overlap
 from robplug.vision import detector
 from robplug.vision.boxes import encode
-from robplug.vision.detector import AnchorDetector
+from robplug.vision.detector import AnchorDetector, _match
 from robplug.vision.protocol import Detector
 from robplug.vision.shapes import shapes
 
@@ -149,6 +149,15 @@ def test_the_loss_is_that_of_a_plain_loop() -> None:
     anchors = model._anchors(data.x)
     expected = [loss_by_hand(*image[:2], anchors, image[2]) for image in zip(logits, offsets, y, strict=True)]
     torch.testing.assert_close(model.losses(data.x, y), torch.stack(expected))
+
+
+def test_what_an_anchor_learns() -> None:
+    """Half an overlap is enough, a little less is not asked about, and an object's best anchor learns it anyway."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 7], [50, 50, 53, 60], [80, 80, 90, 90]])
+    y = torch.tensor([[[0.0, 0, 10, 20, 1], [50, 50, 60, 60, 2], [-1, -1, -1, -1, -1]]])  # IoU .5, .45, .35, and .3
+    labels, boxes = _match(anchors, y)
+    assert labels.tolist() == [[1, -1, 0, 2, 0]]
+    assert boxes[0, [0, 3]].tolist() == y[0, :2, :4].tolist()
 
 
 def test_two_objects_that_share_their_best_anchor() -> None:

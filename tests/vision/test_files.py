@@ -73,6 +73,7 @@ def test_images_of_different_sizes_are_brought_to_one_if_asked(tmp_path: Path) -
     assert torch.equal(pixels.x, boxes.x) and pixels.x.shape == (3, 3, 8, 8)
     assert (pixels.y[0, 4:] == 255).all() and (pixels.x[0, :, 4:] == 128 / 255).all()
     assert (pixels.y[0, 3] == 255).all() and pixels.y[0, 0].tolist() == [0, CAT, 0, 0, 0, 0, 0, 0]
+    assert set(pixels.y.unique().tolist()) == {0, CAT, 255}  # labels are chosen, not mixed
     assert (pixels.y[1, :, 4:] == 255).all() and (pixels.x[1, :, :, 4:] == 128 / 255).all()
     assert (pixels.x[1, 1, :, :4] - 100 / 255).abs().max() < 0.01
     assert boxes.y[0, 0].tolist() == [1, 0, 2, 4, CAT]

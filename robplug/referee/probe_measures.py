@@ -124,7 +124,7 @@ def gradients(part: Part) -> Columns:
 
 
 def _shared_with_another_class(gradient: Tensor, y: Tensor) -> Tensor:
-    same = (gradient[:, None] == gradient[None]).all(2)
+    same = torch.stack([(gradient == row).all(1) for row in gradient])  # all pairs at once may not fit into memory
     return (same & (y[:, None] != y[None])).any(1)
 
 
@@ -132,6 +132,13 @@ def differences(part: Part) -> Columns:
     """Compares what the gradient says of small steps with what the model does."""
     if any(hasattr(module, "backward_approximation") for module in part.target.module.modules()):
         raise NotMeasurableError("the gradient is declared to be that of a substitute (backward =)")
+    if part.target.dtype != part.x.dtype:
+        raise NotMeasurableError(f"{part.target.dtype} is too coarse for finite differences")
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):  # as coarse, by default
+        return _differences(part)
+
+
+def _differences(part: Part) -> Columns:
     x, (low, high) = part.nearby(), part.target.bounds
     with torch.no_grad():
         rival = part.target.logits(x).scatter(1, part.y[:, None], -torch.inf).argmax(1)

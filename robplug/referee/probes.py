@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robplug.errors import RobplugError
 from robplug.referee.guard import undisturbed
 from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job
@@ -40,19 +41,21 @@ class PlannedProbe:
         norm: of the threat; None of a probe of the model alone.
         eps: the plan's largest radius, or None.
         samples: how many samples at most.
+        chunk: how many at once; what a random model draws depends on it.
     """
 
     job: Job
     norm: str | None
     eps: float | None
     samples: int
+    chunk: int
 
     @property
     def key(self) -> str:
         """SHA-256 of all that changes what is measured."""
         identity, target = self.job.identity, self.job.target
         parts = [VERSION, identity.weights, identity.model_source, identity.data, target.bounds, target.offers]
-        parts += [target.stochastic, target.eot, target.draws, self.norm, self.eps, self.samples]
+        parts += [target.stochastic, target.eot, target.draws, self.norm, self.eps, self.samples, self.chunk]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -75,16 +78,15 @@ def plan_probes(jobs: Sequence[Job], plan: Plan) -> list[PlannedProbe]:
             wanted += [(norm, max(radii[norm]))] if norm in PIXEL_NORMS and radii[norm] else []
             for name, eps in wanted:
                 place = (job.cell.target.name, job.identity.data, name)
-                found.setdefault(place, PlannedProbe(job, name, eps, plan.probes))
+                found.setdefault(place, PlannedProbe(job, name, eps, plan.probes, plan.chunk))
     return list(found.values())
 
 
-def run_probe(probe: PlannedProbe, plan: Plan, store: Store, classes: Classes) -> None:
+def run_probe(probe: PlannedProbe, store: Store, classes: Classes) -> None:
     """Measures and stores, unless that was done before.
 
     Args:
         probe: what is to be measured.
-        plan: says how many samples go through the model at once.
         store: of the run.
         classes: gives the classes that the model predicts for clean samples.
 
@@ -94,7 +96,7 @@ def run_probe(probe: PlannedProbe, plan: Plan, store: Store, classes: Classes) -
     if store.probe_path(probe.key).is_file():
         return
     start = time.perf_counter()
-    ids = _right(probe, plan, classes)
+    ids = _right(probe, classes)
     columns: dict[str, list[float | None]] = {}
     failed: dict[str, str] = {}
     heartbeat = Heartbeat(store.probe_path(probe.key).with_suffix(""))
@@ -104,9 +106,10 @@ def run_probe(probe: PlannedProbe, plan: Plan, store: Store, classes: Classes) -
         try:
             if not alive:
                 raise NotMeasurableError("killed twice at the same point")
-            columns |= {f"{name}.{key}": values for key, values in _measure(measure, probe, ids, plan.chunk).items()}
+            columns |= {f"{name}.{key}": values for key, values in _measure(measure, probe, ids).items()}
         except Exception as error:  # the user's model may raise anything
-            failed[name] = f"could not run: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
+            kind = "" if isinstance(error, RobplugError) else f"could not run: {type(error).__name__}: "
+            failed[name] = " ".join(f"{kind}{error}".split())[:300]
     store.write_probe(
         probe.key,
         {
@@ -123,10 +126,10 @@ def run_probe(probe: PlannedProbe, plan: Plan, store: Store, classes: Classes) -
     heartbeat.end()
 
 
-def _right(probe: PlannedProbe, plan: Plan, classes: Classes) -> list[int]:
+def _right(probe: PlannedProbe, classes: Classes) -> list[int]:
     """Returns the first samples that the model classifies correctly."""
     found: list[int] = []
-    for samples in probe.job.chunks(plan.chunk):
+    for samples in probe.job.chunks(probe.chunk):
         right = classes(probe.job, samples) == probe.job.dataset.y[samples.start : samples.stop]
         found += [sample for sample, is_right in zip(samples, right.tolist(), strict=True) if is_right]
         if len(found) >= probe.samples:
@@ -134,16 +137,14 @@ def _right(probe: PlannedProbe, plan: Plan, classes: Classes) -> list[int]:
     return found[: probe.samples]
 
 
-def _measure(
-    measure: Callable[[Part], Columns], probe: PlannedProbe, ids: list[int], chunk: int
-) -> dict[str, list[float | None]]:
+def _measure(measure: Callable[[Part], Columns], probe: PlannedProbe, ids: list[int]) -> dict[str, list[float | None]]:
     """Measures chunk by chunk, since a plan chooses its chunks by the memory there is."""
     if not ids:
-        raise ValueError("no sample is classified correctly")
+        raise NotMeasurableError("no sample is classified correctly")
     job = probe.job
     found: dict[str, list[float | None]] = {}
-    for start in range(0, len(ids), chunk):
-        own = ids[start : start + chunk]
+    for start in range(0, len(ids), probe.chunk):
+        own = ids[start : start + probe.chunk]
         x = job.dataset.x[own].to(device=job.target.device, dtype=job.target.sample_dtype)
         y = job.dataset.y[own].to(job.target.device)
         with undisturbed(job.target, Rng(SEED, own).batch_seed()):

@@ -95,7 +95,7 @@ def run_plan(
                     raise Interrupted(store.path)
         for probe in probes:
             hear.advance(f"probing {probe.job.cell.target.name}", 0, done_before=False)
-            run_probe(probe, settings, store, clean.of)
+            run_probe(probe, store, clean.of)
             if asked():
                 raise Interrupted(store.path)
     return Results(store.path)

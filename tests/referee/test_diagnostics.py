@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ from make_run import MadeCell, write_run
 
 import robplug
 from robplug.errors import PlanError
-from robplug.plugins import registry
+from robplug.plugins import Plugin, registry
 from robplug.referee.cells import expand
 from robplug.referee.diagnostics import CHECKS
 from robplug.referee.findings import Diagnosis
 from robplug.referee.paired import mcnemar
 from robplug.referee.plan import load_plan
 from robplug.referee.results import Results
+from robplug.referee.run import run_plan
+from robplug.registry import Registry
+from robplug.types import AttackSpec, Perturbed
 
 SUSPECTS = Path(__file__).with_name("suspects.py")
 PGD = {"name": "robplug/pgd", "steps": 10}
@@ -167,6 +172,27 @@ def test_what_was_seen_broken_and_not_returned(tmp_path: Path, silent: Any, flag
     liar = made("r" * 40, silent=tuple(silent))
     found = of_rows(tmp_path, liar, made("r" * 30 + "b" * 10, label="apgd \u00b7 art"))
     assert raised(found) == ({BY_ROWS} if flagged else set())
+
+
+@dataclass(frozen=True)
+class Liar:
+    """Finds adversarial examples as PGD does, shows them to the model, and returns the clean samples."""
+
+    def run(self, target: Any, x: Any, y: Any, threat: Any, rng: Any, *, y_goal: Any = None) -> Perturbed:
+        found = registry().attack("robplug/pgd", steps=5).run(target, x, y, threat, rng, y_goal=y_goal)
+        target.logits(found.x_adv)
+        return Perturbed(x)
+
+
+def test_an_attack_that_hides_its_success_is_seen(tmp_path: Path) -> None:
+    module = sys.modules.setdefault("liars", types.ModuleType("liars"))
+    module.Liar = Liar  # type: ignore[attr-defined]
+    plugin = Plugin("pytest", "0", "liars", (AttackSpec(name="liar/pgd", make="liars:Liar"),))
+    plan = {"targets": [{"name": "robplug/digits-standard"}], "threats": [{"norm": "linf", "eps": 0.1}], **PLAN}
+    plan["attacks"] = [{"name": "liar/pgd"}]
+    own = Registry([*registry().plugins, plugin])
+    (found,) = run_plan({**plan, "probes": 0}, own, out=tmp_path).summary().diagnoses
+    assert raised(found) == {BY_ROWS}
 
 
 def test_noise_counts_only_where_gradients_failed(tmp_path: Path) -> None:

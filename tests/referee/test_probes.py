@@ -150,6 +150,13 @@ def test_a_target_without_gradients_says_so() -> None:
     assert not measured("repeat", of)["differs"].any() and not measured("noise", of)["infinite"].any()
 
 
+def test_half_precision_is_too_coarse_for_differences() -> None:
+    of = part(Linear())
+    half = dataclasses.replace(of, target=robplug.target(Linear().to(torch.bfloat16)))
+    with pytest.raises(NotMeasurableError, match="bfloat16 is too coarse"):
+        measured("differences", half)
+
+
 def test_a_declared_substitute_is_not_compared_with_differences() -> None:
     of = part(Linear(), transform=lambda x: x, backward="identity")
     with pytest.raises(NotMeasurableError, match="substitute"):
@@ -186,7 +193,7 @@ def test_probes_are_stored_once_and_hold_what_json_can(tmp_path: Path) -> None:
     assert [probe["norm"] for probe in sorted(probes_of(tmp_path), key=str)].count(None) == 1 and len(stamps) == 2
     (threat,) = (probe for probe in probes_of(tmp_path) if probe["norm"])
     assert threat["eps"] == EPS and threat["samples"] == list(range(8))
-    more = {**PLAN, "attacks": [{"name": "robplug/fgsm"}, {"name": "robplug/pgd", "steps": 2}], "chunk": 64}
+    more = {**PLAN, "attacks": [{"name": "robplug/fgsm"}, {"name": "robplug/pgd", "steps": 2}]}
     robplug.evaluate(more, out=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "probes").iterdir()} == stamps
     assert len(first.diagnoses[0].steps) == 7
@@ -197,8 +204,9 @@ def test_probes_are_stored_once_and_hold_what_json_can(tmp_path: Path) -> None:
 def test_chunks_change_no_measurement(tmp_path: Path) -> None:
     for chunk in (3, 64):
         robplug.evaluate({**PLAN, "chunk": chunk}, out=tmp_path / str(chunk))
-    for one, other in zip(probes_of(tmp_path / "3"), probes_of(tmp_path / "64"), strict=True):
-        assert one["key"] == other["key"] and one["columns"].keys() == other["columns"].keys()
+    few, all_at_once = (sorted(probes_of(tmp_path / size), key=lambda one: str(one["norm"])) for size in ("3", "64"))
+    for one, other in zip(few, all_at_once, strict=True):
+        assert one["key"] != other["key"] and one["columns"].keys() == other["columns"].keys()
         for name, values in one["columns"].items():
             assert values == pytest.approx(other["columns"][name], abs=1e-4), name
 

@@ -62,6 +62,17 @@ def test_an_image_is_the_same_alone_and_in_company(name: str) -> None:
     torch.testing.assert_close(model.losses(x, y)[1:2], model.losses(x[1:2], y[1:2]))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_proposals_are_scored_again(name: str) -> None:
+    model, x = small(name), shapes(samples=3).x
+    found = model.proposals(x)
+    torch.testing.assert_close(model.rescore(x, found), found.logits)
+    some = torch.tensor([2, 0])
+    torch.testing.assert_close(model.rescore(x[some], found.select(some)), found.logits[some])
+    other = model.rescore(x.flip(0).requires_grad_(), found)
+    assert other.requires_grad and not torch.allclose(other, found.logits)
+
+
 def test_images_of_any_size() -> None:
     model = small()
     assert model(torch.rand(1, 3, 30, 45))[0].shape == (1, 8 * 12 * 3, 4)

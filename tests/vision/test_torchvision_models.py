@@ -47,7 +47,9 @@ def network(kind: str, size: int = 64) -> nn.Module:
     anchors = AnchorGenerator(((12, 24),), ((1.0,),))
     sizes = {"min_size": size, "max_size": size}
     if kind == "retinanet":
-        return detection.RetinaNet(Backbone(), CLASSES, anchor_generator=anchors, score_thresh=0.001, **sizes).eval()
+        made = detection.RetinaNet(Backbone(), CLASSES, anchor_generator=anchors, score_thresh=0.001, **sizes)
+        nn.init.normal_(made.head.classification_head.cls_logits.weight, std=10.0)  # it begins with the same everywhere
+        return made.eval()
     pool = torchvision.ops.MultiScaleRoIAlign(["0"], 3, 2)
     made = detection.FasterRCNN(
         Backbone(),
@@ -161,6 +163,19 @@ def test_logits_of_proposals_have_a_gradient(kind: str) -> None:
     found = robplug.target(network(kind)).proposals(x)
     (gradient,) = torch.autograd.grad(found.logits[found.valid].sum(), x)
     assert gradient.flatten(1).abs().sum(1).gt(0).all() and not found.boxes.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_same_proposals_are_scored_again(kind: str, size: int) -> None:
+    x = images()[0]
+    target = robplug.target(network(kind, size))
+    found = target.proposals(x)
+    torch.testing.assert_close(target.module.rescore(x, found)[found.valid], found.logits[found.valid])
+    some = torch.tensor([2, 0])
+    other = target.module.rescore(x[some].requires_grad_(), found.select(some))
+    torch.testing.assert_close(other[found.valid[some]], found.logits[some][found.valid[some]])
+    assert other.requires_grad and not torch.allclose(target.module.rescore(x.flip(0), found), found.logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,6 +247,41 @@ def test_activations_of_named_layers_are_kept() -> None:
     clean = step.clean()
     assert torch.equal(clean.activations["0"], toy().x.flatten(1)) and clean.activations["1"] is clean.logits
     assert not model[0]._forward_hooks
+
+
+@dataclass(frozen=True)
+class Watching(Defense):
+    """Watches each pass; what it sees is a list that fills while the pass is made."""
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        @contextmanager
+        def watching() -> Iterator[list[int]]:
+            seen: list[int] = []
+            handle = model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+            yield seen
+            handle.remove()
+            seen.append(-1)
+
+        return Prepared(state=watching, observer=watching)
+
+    def penalty(self, step: Step) -> Tensor:
+        step.model(step.x)  # no pass of the step's
+        assert step.clean().observed[step.state] == [len(step.x), -1]
+        return step.clean().loss.sum() * 0
+
+
+def test_passes_are_observed() -> None:
+    """Each defence has its own observer, whoever asks for a pass first; a part of a pass has none."""
+    model = linear()
+    stack = Stack([Watching(), AdversarialTraining(steps=1), Watching()])
+    stack.prepare(model)
+    step = a_step(model, toy())
+    stack.losses(step)
+    clean, adv = step.clean().observed, step.adv().observed
+    assert len(clean) == 2 and clean.keys() == adv.keys()
+    assert len({id(seen) for seen in (*clean.values(), *adv.values())}) == 4
+    assert step.together((step.x, step.y), (step.x, step.y))[0].observed == {}
+    assert not model._forward_hooks
 
 
 def test_mode_and_after_step_are_called() -> None:

@@ -23,7 +23,7 @@ def check_frozen_dataclass(spec: Spec) -> None:
 
 
 def check_params(spec: Spec) -> None:
-    """The Spec's params are the dataclass's fields with their defaults, as JSON has them; a preset's values differ."""
+    """The Spec's params are the dataclass's fields with their defaults, as JSON has them; a preset's differ."""
     fields = {item.name: _default(item) for item in dataclasses.fields(_dataclass(spec))}
     for name in sorted({*fields, *spec.params}):
         require(name in spec.params, f"the field {name} is missing in the Spec's params")

@@ -92,7 +92,7 @@ def dataset(name: str) -> DatasetSpec:
     return DatasetSpec(name=name.replace("_", "-"), make=f"{__name__}:{name}")
 
 
-HONEST = (defense(), dataset("data"))
+HONEST = (defense(), defense(name="wrong/penalty@strong", params={"strength": 1}), dataset("data"))
 # the Spec, the check that does not apply to it, and why
 SKIPPED = (
     (dataset("missing"), "samples", "the file data.npz"),
@@ -105,6 +105,7 @@ WRONG = (
     (defense(pieces=("penalty", "finish")), {"pieces"}, "its Spec says ['finish', 'penalty']"),
     (defense(pieces=("penalty", "polish")), {"pieces"}, "there are no pieces polish"),
     (defense(params={"strength": 1}), {"params"}, "the field's default is 0.1"),
+    (defense(name="wrong/penalty@none", params={}), {"params"}, "the field strength is missing in the Spec's params"),
     (defense(make=f"{__name__}:Infinite"), {"trains"}, "the loss of step 0 is inf"),
     (
         defense(make=f"{__name__}:Breaks", pieces=("penalty", "after_step")),

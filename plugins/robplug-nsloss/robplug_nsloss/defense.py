@@ -14,9 +14,10 @@ from robplug.defenses import Defense, Prepared
 from robplug.errors import InputError
 from robplug.step import Step
 from robplug_nsloss.activations import wanted_modules
+from robplug_nsloss.comparison import loss_against
 from robplug_nsloss.jacobian import check_projections, penalty_of
+from robplug_nsloss.noise import Noise, check_samples
 from robplug_nsloss.passes import quiet, watching
-from robplug_nsloss.sensitivity import Noise, check_samples, loss_against
 
 NOISE, DIRECTIONS = 1 << 33, (1 << 33) + 1
 """Restarts of a step's streams from which the seeds of noise and of random directions come."""

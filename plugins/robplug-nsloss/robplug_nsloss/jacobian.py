@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from robplug.errors import InputError
 from robplug.step import untouched_buffers
-from robplug_nsloss.sensitivity import check_samples
+from robplug_nsloss.noise import check_samples
 
 
 def jacobian_penalty(

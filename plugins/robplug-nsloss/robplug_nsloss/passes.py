@@ -6,11 +6,14 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robplug.errors import InputError
 from robplug.step import untouched_buffers
 from robplug.targets import evaluation_mode
 from robplug_nsloss.activations import recording
@@ -57,23 +60,20 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_statistics(model: nn.Module, statistics: Statistics) -> Iterator[None]:
-    """Inside, batch norm that used the statistics of a clean batch uses those again, as constants, use by use.
-
-    The buffers must be free to be replaced, as they are in `untouched_buffers`.
-    """
-    modes = {part: part.training for part in statistics}
+def same_statistics(statistics: Statistics) -> Iterator[None]:
+    """Inside, batch norm that used the statistics of a clean batch uses those again, as constants, use by use."""
+    before = {part: (part.training, dict(part._buffers)) for part in statistics}
     with ExitStack() as stack:
         for part, uses in statistics.items():
-            waiting = deque(uses)
-            hook = part.register_forward_pre_hook(lambda part, _, waiting=waiting: _use(part, *waiting.popleft()))
+            hook = part.register_forward_pre_hook(partial(_use_next, deque(uses)))
             stack.callback(hook.remove)
             part.training = False
         try:
             yield
         finally:
-            for part, mode in modes.items():
+            for part, (mode, buffers) in before.items():
                 part.training = mode
+                part._buffers.update(buffers)
 
 
 @contextmanager
@@ -91,8 +91,11 @@ def _noted_statistics(model: nn.Module, statistics: Statistics) -> Iterator[None
         yield
 
 
-def _use(part: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    part._buffers["running_mean"], part._buffers["running_var"] = mean, variance
+def _use_next(waiting: deque[tuple[Tensor, Tensor]], part: _BatchNorm, inputs: Any) -> None:
+    if not waiting:
+        remedy = "the forward depends on the values of its samples; freeze batch norm"
+        raise InputError("as many uses of batch norm as in the clean pass", "more of them", remedy)
+    part._buffers["running_mean"], part._buffers["running_var"] = waiting.popleft()
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

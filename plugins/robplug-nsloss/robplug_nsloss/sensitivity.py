@@ -3,54 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from robplug.errors import InputError
-from robplug.step import untouched_buffers
-from robplug_nsloss.activations import recording
-from robplug_nsloss.kernels.ops import accumulate_signs, sphere_noise
-from robplug_nsloss.passes import Watched, quiet, same_statistics, watching
-
-MOST_DRAWS = 127  # sums of signs are int8
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Copies of samples with noise on the sphere ||delta||_2 = radius, uniform on it.
-
-    Attributes:
-        radius: in units of the data.
-        draws: number of copies, 1 to 127.
-        clip: smallest and largest value of a copy, or None to let it leave the box.
-        generator: of PyTorch, on the device of the samples; None means the global one.
-
-    Raises:
-        InputError: radius or draws do not fit.
-    """
-
-    radius: float = 1.0
-    draws: int = 5
-    clip: tuple[float, float] | None = None
-    generator: torch.Generator | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.radius) and self.radius > 0):
-            raise InputError("a finite radius > 0", self.radius, "the paper has 1.0 for MNIST and 3.0 for CIFAR-10")
-        if not 1 <= self.draws <= MOST_DRAWS:
-            raise InputError(f"draws from 1 to {MOST_DRAWS}", self.draws, "the paper has 5 and 10")
-
-    def copies(self, x: Tensor) -> Iterator[Tensor]:
-        """Yields the noisy copies of x, (B, ...), one at a time."""
-        x = x.detach()
-        for _ in range(self.draws):
-            normal = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=self.generator)
-            noisy = sphere_noise(x, normal, self.radius)
-            yield noisy if self.clip is None else noisy.clamp(*self.clip)
+from robplug_nsloss.comparison import compare, loss_against
+from robplug_nsloss.noise import Noise, check_samples
+from robplug_nsloss.passes import quiet, watching
 
 
 class LayerSensitivity(NamedTuple):
@@ -122,15 +83,6 @@ def ns_loss(
         return loss_against(clean, model, x, noise, layers)
 
 
-def loss_against(clean: Watched, model: nn.Module, x: Tensor, noise: Noise, layers: Sequence[str] | None) -> Tensor:
-    """Returns `ns_loss` beside a clean pass that has been made; the model must be in the modes of that pass."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = _compare(clean, model, x, noise, layers, parameters)
-    factor = 1 / (noise.draws * noise.radius)
-    value = found.means.sum() * factor
-    return _Known.apply(value, factor, found, *parameters, *clean.activations)  # type: ignore[no-untyped-call, no-any-return]
-
-
 @torch.no_grad()
 def layer_sensitivity(
     model: nn.Module,
@@ -152,7 +104,7 @@ def layer_sensitivity(
     with quiet(model):
         with watching(model, layers) as clean:
             model(x)
-        means = _compare(clean, model, x, noise, layers, []).means
+        means = compare(clean, model, x, noise, layers, []).means
     sizes = [float(activation.abs().mean()) for activation in clean.activations]
     changes = (means / draws).tolist()
     return [
@@ -166,99 +118,3 @@ def _ratio(change: float, size: float) -> float:
     if size == 0:
         return 0.0 if change == 0 else math.inf
     return change / size
-
-
-def check_samples(x: Tensor) -> None:
-    """Refuses a batch without samples or of whole numbers."""
-    if not len(x) or not x.is_floating_point():
-        raise InputError("a batch of at least one sample of a floating dtype", f"{tuple(x.shape)} {x.dtype}")
-
-
-@dataclass
-class _Compared:
-    """The comparison of all draws with the clean pass.
-
-    Attributes:
-        means: (L,) per layer mean |difference|, summed over the draws.
-        signs: per layer the sum over the draws of the differences' signs, int8.
-        gradients: of the sum of ``means`` by the parameters, the clean side held fixed.
-    """
-
-    means: Tensor
-    signs: list[Tensor]
-    gradients: list[Tensor | None]
-
-
-def _compare(
-    clean: Watched,
-    model: nn.Module,
-    x: Tensor,
-    noise: Noise,
-    layers: Sequence[str] | None,
-    parameters: list[nn.Parameter],
-) -> _Compared:
-    fixed = [activation.detach() for activation in clean.activations]
-    signs = [torch.empty_like(activation, dtype=torch.int8) for activation in fixed]
-    gradients: list[Tensor | None] = [None] * len(parameters)
-    total: Tensor | float = 0.0
-    with untouched_buffers(model):
-        for draw, copy in enumerate(noise.copies(x)):
-            with same_statistics(model, clean.statistics), recording(model, layers) as noisy:
-                model(copy)
-            _check_same(clean, noisy.names)
-            means = accumulate_signs(fixed, noisy.tensors, signs, draw)
-            del noisy  # its graph is gone before the next copy's begins
-            if means.requires_grad:
-                gradients = _added(gradients, _gradients(means.sum(), parameters, fixed))
-            total = total + means.detach()
-    assert isinstance(total, Tensor)  # there is a draw
-    _check_finite(clean.names, total)
-    return _Compared(total, signs, gradients)
-
-
-def _gradients(loss: Tensor, parameters: list[nn.Parameter], activations: list[Tensor]) -> Sequence[Tensor | None]:
-    """Differentiates; in half precision 1 / numel would underflow, so that the loss is scaled there."""
-    scale = 1.0
-    if any(activation.dtype == torch.float16 for activation in activations):
-        counts = [activation.numel() for activation in activations]
-        scale = 2.0 ** round(math.log2(min(counts) * max(counts)) / 2)
-    found = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-    return found if scale == 1 else [None if gradient is None else gradient / scale for gradient in found]
-
-
-def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
-    pairs = zip(sums, more, strict=True)
-    return [new if old is None else old if new is None else old.add_(new) for old, new in pairs]
-
-
-def _check_same(clean: Watched, names: list[str]) -> None:
-    if clean.names != names:
-        expected = f"the layers of the clean pass ({', '.join(clean.names)}) in that of noisy samples"
-        remedy = "the forward depends on the values of its samples: name layers that are always used"
-        raise InputError(expected, ", ".join(names), remedy)
-
-
-def _check_finite(names: list[str], means: Tensor) -> None:
-    finite = means.isfinite()
-    if not bool(finite.all()):
-        first = names[int(finite.logical_not().nonzero()[0])]
-        remedy = "it comes first; look at the weights before it, or lower the learning rate"
-        raise InputError("finite activations", f"NaN or infinity in {first}", remedy)
-
-
-class _Known(torch.autograd.Function):
-    """A value whose gradients by parameters, of the noisy side, and by activations, of the clean side, are known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float, found: _Compared, *tensors: Tensor) -> Tensor:
-        ctx.factor, ctx.found = factor, found
-        ctx.dtypes = [tensor.dtype for tensor in tensors[len(found.gradients) :]]
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        g = upstream[0] * ctx.factor
-        noisy = (None if gradient is None else gradient * g.to(gradient.dtype) for gradient in ctx.found.gradients)
-        signs = zip(ctx.found.signs, ctx.dtypes, strict=True)
-        clean = ((total * (-g / total.numel())).to(dtype) for total, dtype in signs)
-        return None, None, None, *noisy, *clean

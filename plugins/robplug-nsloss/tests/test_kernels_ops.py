@@ -290,6 +290,16 @@ def test_a_gradient_that_never_arrives_is_an_error() -> None:
         means.sum().backward()
 
 
+def test_constants_and_leaves_among_the_layers() -> None:
+    """A node made of a constant has an edge to nothing, and so has a layer that was not computed."""
+    constant, leaf = torch.randn(2, 3), torch.randn(2, 3, requires_grad=True)
+    weight = torch.randn(2, 3, requires_grad=True)
+    layers = [constant, leaf, weight * constant]
+    signs = [torch.ones(2, 3, dtype=torch.int8) for _ in layers]
+    by_leaf, by_weight = torch.autograd.grad(sign_surrogate(layers, signs).sum(), [leaf, weight])
+    assert torch.allclose(by_leaf, torch.full((2, 3), 1 / 6)) and torch.allclose(by_weight, constant / 6)
+
+
 def test_without_gradients_nothing_is_kept() -> None:
     noisy = X.clone().requires_grad_()
     with torch.no_grad():

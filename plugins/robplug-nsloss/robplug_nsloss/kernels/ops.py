@@ -256,6 +256,8 @@ def _inner(layers: Sequence[Tensor]) -> list[int]:
     while nodes:
         node = nodes.pop()
         for edge in node.next_functions if node is not None else ():
+            if edge[0] is None:  # a constant
+                continue
             reached.add(edge)
             if edge[0] not in seen:
                 seen.add(edge[0])

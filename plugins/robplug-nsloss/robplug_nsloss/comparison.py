@@ -1,0 +1,124 @@
+"""Comparing noisy passes with a clean one, one at a time, and the gradient of what they differ by.
+
+The loss is a sum over draws, and its derivative by an activation is a sign. A draw's gradient can thus be taken as soon
+as its pass is made, the clean side held fixed; and the clean side needs no more than the sums of the signs, in int8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robplug.errors import InputError
+from robplug_nsloss.activations import recording
+from robplug_nsloss.kernels.ops import accumulate_signs, sign_surrogate
+from robplug_nsloss.noise import Noise
+from robplug_nsloss.passes import Watched, same_statistics
+
+
+@dataclass
+class Compared:
+    """The comparison of all draws with the clean pass.
+
+    Attributes:
+        means: (L,) per layer mean |difference|, summed over the draws.
+        signs: per layer the sum over the draws of the differences' signs, int8.
+        gradients: of the sum of ``means`` by the parameters, the clean side held fixed.
+    """
+
+    means: Tensor
+    signs: list[Tensor]
+    gradients: list[Tensor | None]
+
+
+def loss_against(clean: Watched, model: nn.Module, x: Tensor, noise: Noise, layers: Sequence[str] | None) -> Tensor:
+    """Returns `ns_loss` beside a clean pass that has been made; the model must be in the modes of that pass."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = compare(clean, model, x, noise, layers, parameters)
+    factor = 1 / (noise.draws * noise.radius)
+    loss: Tensor = factor * _Known.apply(found.means.sum(), found.gradients, *parameters)  # type: ignore[no-untyped-call]
+    sides = zip(clean.activations, found.signs, strict=True)
+    tracked = [(activation, signs) for activation, signs in sides if activation.requires_grad]
+    return loss - factor * sign_surrogate(*zip(*tracked, strict=True)).sum() if tracked else loss
+
+
+def compare(
+    clean: Watched,
+    model: nn.Module,
+    x: Tensor,
+    noise: Noise,
+    layers: Sequence[str] | None,
+    parameters: list[nn.Parameter],
+) -> Compared:
+    """Compares the passes of noisy copies with a clean pass; arguments are those of `loss_against`.
+
+    Raises:
+        InputError: the passes have other layers, or an activation is not finite.
+    """
+    fixed = [activation.detach() for activation in clean.activations]
+    signs = [torch.empty_like(activation, dtype=torch.int8) for activation in fixed]
+    gradients: list[Tensor | None] = [None] * len(parameters)
+    means: list[Tensor] = []
+    for draw, copy in enumerate(noise.copies(x)):
+        with same_statistics(clean.statistics), recording(model, layers) as noisy:
+            model(copy)
+        _check_same(clean.names, noisy.names)
+        change = accumulate_signs(fixed, noisy.tensors, signs, draw)
+        del noisy  # before the next pass
+        means.append(change.detach())
+        if change.requires_grad:
+            gradients = _added(gradients, _gradients(change.sum(), parameters, _scale(fixed)))
+    total = torch.stack(means).sum(0)
+    _check_finite(clean.names, total)
+    return Compared(total, signs, gradients)
+
+
+def _check_same(clean: list[str], noisy: list[str]) -> None:
+    if clean != noisy:
+        expected = f"the layers of the clean pass ({', '.join(clean)}) in that of noisy samples"
+        remedy = "the forward depends on the values of its samples: name layers that are always used"
+        raise InputError(expected, ", ".join(noisy), remedy)
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter], scale: float) -> list[Tensor | None]:
+    found = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+    return [gradient if gradient is None or scale == 1 else gradient / scale for gradient in found]
+
+
+def _scale(clean: list[Tensor]) -> float:
+    """Returns a power of two that keeps 1 / numel, small as it is, in the range of half precision."""
+    if all(activation.dtype != torch.float16 for activation in clean):
+        return 1.0
+    counts = [activation.numel() for activation in clean]
+    return float(2.0 ** round(math.log2(min(counts) * max(counts)) / 2))
+
+
+def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    pairs = zip(sums, more, strict=True)
+    return [new if old is None else old if new is None else old + new for old, new in pairs]
+
+
+def _check_finite(names: list[str], means: Tensor) -> None:
+    finite = means.isfinite()
+    if not bool(finite.all()):
+        first = names[int(finite.logical_not().nonzero()[0])]
+        remedy = "it comes first; look at the weights before it, or lower the learning rate"
+        raise InputError("finite activations", f"NaN or infinity in {first}", remedy)
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients by the parameters are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if g is None else upstream[0].to(g.dtype) * g for g in ctx.gradients)

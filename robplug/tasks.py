@@ -105,7 +105,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """One class a pixel; an image is read right if half of its foreground pixels are.
+    """One class a pixel; an image is read right if half of its foreground pixels are, or if it has none.
 
     Attributes:
         classes: number of classes with the background, or None if it is not known.
@@ -129,8 +129,8 @@ class Segmentation:
     def code(self, answer: Tensor, y: Tensor) -> Tensor:
         foreground = _foreground(y)
         right = (answer == y) & foreground
-        share = right.flatten(1).sum(1) / foreground.flatten(1).sum(1).clamp_min(1)
-        return (share >= RIGHT).long().masked_fill_((answer < 0).flatten(1).any(1), -1)
+        found, wanted = right.flatten(1).sum(1), foreground.flatten(1).sum(1)
+        return (found >= RIGHT * wanted).long().masked_fill_((answer < 0).flatten(1).any(1), -1)
 
     def attackable(self, code: Tensor, y: Tensor) -> Tensor:
         return _foreground(y).flatten(1).any(1)
@@ -157,7 +157,7 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Detection:
-    """Boxes with classes; an image is read right if half of its boxes are found.
+    """Boxes with classes; an image is read right if half of its boxes are found, or if it has none.
 
     A box is found by a detection of its label with a score of at least .5 and an overlap (intersection over union) of
     at least .5.

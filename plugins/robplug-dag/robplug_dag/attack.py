@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from robplug.errors import InputError, ThreatError
 from robplug.inputs import check_batch
 from robplug.rng import Rng
 from robplug.targets import Target, settled
-from robplug.tasks import PADDING, overlap
+from robplug.tasks import PADDING, TASKS, overlap
 from robplug.types import Perturbed, ThreatModel
+from robplug.vision.protocol import Proposals
 from robplug_dag.dense import Descent, Record, descend
-from robplug_dag.goals import leave_out, permuted_goals, random_goals
+from robplug_dag.goals import leave_out, permuted_goals, random_permutations
 from robplug_dag.kernels.ops import Rule
 
 BACKGROUND = 0
@@ -43,17 +44,20 @@ class _DenseAdversary:
 
     def __post_init__(self) -> None:
         self._descent((0.0, 1.0))  # refuses what makes no sense
+        if self.permutation is not None and sorted(self.permutation) != list(range(len(self.permutation))):
+            raise InputError("a permutation, such as [1, 2, 0], or None", list(self.permutation))
 
     def _descent(self, bounds: tuple[float, float]) -> Descent:
         gamma = 0.5 / 255 * (bounds[1] - bounds[0]) if self.gamma is None else self.gamma
         return Descent(gamma, self.steps, self.rule, bounds)
 
-    def _goals(self, labels: Tensor, classes: int, rng: Rng) -> Tensor:
+    def _permutations(self, classes: int, rng: Rng) -> Tensor:
+        """Returns what each class is to become, (classes,) of all images or (N, classes)."""
         if self.permutation is None:
-            return random_goals(labels, classes, rng)
+            return random_permutations(classes, rng)
         if len(self.permutation) != classes:
             raise InputError(f"a permutation of the {classes} classes", list(self.permutation))
-        return permuted_goals(labels, torch.tensor(self.permutation, dtype=torch.int64, device=labels.device))
+        return torch.tensor(self.permutation, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,9 @@ class SegmentationAdversary(_DenseAdversary):
             ThreatError: the threat has an eps, or the target is no segmentation network with gradients.
             InputError: images, labels or logits do not fit, or a logit or gradient is not finite.
         """
-        _check_served(target, threat, "segmentation")
-        labels = leave_out(check_batch(target, x, y, threat, y_goal), BACKGROUND, IGNORE)
-        goals = self._goals(labels, target.count_classes(x), rng)
+        labels, classes = _checked(target, x, y, threat, y_goal, "segmentation")
+        labels = leave_out(labels, BACKGROUND, IGNORE)
+        goals = permuted_goals(labels, self._permutations(classes, rng).to(x.device))
         with settled(target.module):
             found = descend(lambda images, _: target.logits(images), x, labels, goals, self._descent(threat.bounds))
         return _perturbed(*found)
@@ -135,28 +139,31 @@ class DetectionAdversary(_DenseAdversary):
             ThreatError: the threat has an eps, or the target is no detector with gradients.
             InputError: images or boxes do not fit, or a logit or gradient is not finite.
         """
-        _check_served(target, threat, "detection")
-        boxes = check_batch(target, x, y, threat, y_goal)
+        objects, classes = _checked(target, x, y, threat, y_goal, "detection")
+        permutations = self._permutations(classes, rng).to(x.device)
         with settled(target.module), denser_proposals(target, self.nms_threshold):
-            return _perturbed(*self._rounds(target, x.detach(), boxes, threat, rng))
+            return _perturbed(*self._rounds(target, x.detach(), objects, permutations, threat.bounds))
 
-    def _rounds(self, target: Target, x: Tensor, boxes: Tensor, threat: ThreatModel, rng: Rng) -> tuple[Tensor, Record]:
+    def _rounds(
+        self, target: Target, x: Tensor, objects: Tensor, permutations: Tensor, bounds: tuple[float, float]
+    ) -> tuple[Tensor, Record]:
         """Runs Algorithm 1, anew with new proposals every ``refresh`` steps."""
-        classes = target.count_classes(x)
-        start, records = None, []
-        for begun in range(0, self.steps, self.refresh or self.steps):
+        how = self._descent(bounds)
+        each = self.refresh or self.steps
+        x_adv, start, records = x, None, []
+        for begun in range(0, self.steps, each):
             with torch.no_grad():
-                seen = x if start is None else (x + start).clamp(*threat.bounds)
-                proposals = target.proposals(seen)
-            labels = targets(proposals.boxes, proposals.logits, proposals.valid, boxes, self.positive)
-            goals = self._goals(labels, classes, rng)
-            how = self._descent(threat.bounds)
-            how = Descent(how.gamma, min(self.refresh or self.steps, self.steps - begun), how.rule, how.bounds)
+                made = target.proposals(x_adv)
+            if made.logits[made.valid].isnan().any():
+                raise InputError("finite logits of the proposals", f"nan in step {begun}")
+            labels = targets(made.boxes, made.logits, made.valid, objects, self.positive)
+            goals = permuted_goals(labels, permutations)
 
-            def logits_of(images: Tensor, rows: Tensor, made=proposals) -> Tensor:  # type: ignore[no-untyped-def]
-                return target.rescore(images, made.select(rows))  # type: ignore[no-any-return]
+            def logits_of(images: Tensor, rows: Tensor, made: Proposals = made) -> Tensor:
+                return target.rescore(images, made.select(rows))
 
-            x_adv, record = descend(logits_of, x, labels, goals, how, start)
+            here = replace(how, steps=min(each, self.steps - begun))
+            x_adv, record = descend(logits_of, x, labels, goals, here, start)
             start = record.r
             records.append(record)
         return x_adv, _joined(records)
@@ -198,7 +205,10 @@ def denser_proposals(target: Target, nms_threshold: float) -> Iterator[None]:
         module.nms_threshold = before
 
 
-def _check_served(target: Target, threat: ThreatModel, task: str) -> None:
+def _checked(
+    target: Target, x: Tensor, y: Tensor | None, threat: ThreatModel, y_goal: Tensor | None, task: str
+) -> tuple[Tensor, int]:
+    """Returns the labels and the number of classes, after checks."""
     if threat.eps is not None:
         raise ThreatError(
             f'expected a threat without eps, got eps={threat.eps}; DAG has no budget, use eps = "minimal"'
@@ -207,6 +217,10 @@ def _check_served(target: Target, threat: ThreatModel, task: str) -> None:
         raise ThreatError(f"expected a target for {task}, got one for {target.task}")
     if target.offers != "gradients":
         raise ThreatError(f"expected a target with gradients, got one with {target.offers}")
+    labels = check_batch(target, x, y, threat, y_goal)
+    classes = target.count_classes(x)
+    TASKS[task](classes).check(labels, x)  # the target need not have known its classes
+    return labels, classes
 
 
 def _perturbed(x_adv: Tensor, record: Record) -> Perturbed:
@@ -215,7 +229,8 @@ def _perturbed(x_adv: Tensor, record: Record) -> Perturbed:
 
 
 def _joined(records: Sequence[Record]) -> Record:
-    """Returns the record of several rounds as one."""
-    last = records[-1]
+    """Returns the record of several rounds as one; without targets in the last one, an image has lost those it had."""
     iterations = torch.stack([record.iterations for record in records]).sum(0)
-    return Record(last.r, iterations, torch.cat([record.active for record in records], 1), last.status)
+    each = zip(*(record.status for record in records), strict=True)
+    status = tuple("converged" if set(own[:-1]) - {own[-1]} and own[-1] == "no targets" else own[-1] for own in each)
+    return Record(records[-1].r, iterations, torch.cat([record.active for record in records], 1), status)

@@ -74,7 +74,7 @@ class CellSummary:
         expected: samples that the finished cell has.
         samples: samples that it has now.
         misclassified: wrong before the attack.
-        robust: attacked and not broken within the radius.
+        robust: attacked and not broken within the radius, or with nothing to attack.
         broken: broken within the radius.
         invalid: answered with something that breaks the rules of the threat.
         error: not answered.
@@ -196,8 +196,9 @@ def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> Cell
     counts = Counter(cell.status.tolist())
     within = int(broken.sum())
     beyond = counts["broken"] - within
-    attacked = samples - counts["misclassified"]
-    robust = counts["robust"] + beyond
+    right = samples - counts["misclassified"]
+    attacked = right - counts["unattacked"]
+    robust = counts["robust"] + beyond + counts["unattacked"]
     return CellSummary(
         key=cell.record["key"],
         subject=subject,
@@ -214,7 +215,7 @@ def _cell(cell: StoredCell, reading: Reading, subject: int, attack: int) -> Cell
         silent=int(cell.column("silent").sum()),
         false_claims=int(((cell.claim == 1) & ~np.isin(cell.status, ("broken", "misclassified"))).sum()),
         against_peers=0,
-        clean=wilson(attacked, samples),
+        clean=wilson(right, samples),
         robust_accuracy=None if reading.eps is None else wilson(robust, samples),
         success=wilson(within, attacked),
         claim=_claim(cell, attacked),
@@ -236,7 +237,7 @@ def _medians(measures: list[dict[str, float]], broken: np.ndarray[Any, Any]) -> 
 
 
 def _claim(cell: StoredCell, attacked: int) -> Claim:
-    was_attacked = cell.status != "misclassified"
+    was_attacked = ~np.isin(cell.status, ("misclassified", "unattacked"))
     if (cell.claim[was_attacked] >= 0).any():
         return Claim("claim", wilson(int((cell.claim[was_attacked] == 1).sum()), attacked))
     after = cell.column("prediction_adv")

@@ -164,12 +164,14 @@ def _members(run: Run, target: str) -> list[str]:
 
 
 def _right(cells: Sequence[StoredCell], target: str, samples: int) -> Array:
-    """(samples,) bool: known to be classified correctly, in every cell that has the target."""
+    """(samples,) bool: known to be read right in every cell that has the target, with something to attack."""
     known, right = np.zeros(samples, dtype=bool), np.ones(samples, dtype=bool)
     for cell in cells:
         if cell.target == target:
             known[cell.sample] = True
             right[cell.sample] &= cell.column("prediction") == cell.column("y")
+            if not cell.transferred:  # elsewhere it says that the source was not attacked
+                right[cell.sample] &= cell.status != "unattacked"
     return known & right
 
 

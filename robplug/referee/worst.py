@@ -13,8 +13,8 @@ from robplug.referee.wilson import Rate, wilson
 
 UNRESOLVED_LIMIT = 0.01
 """Largest share of unresolved samples with which a headline is given."""
-ANSWERS = ("robust", "broken", "misclassified")
-"""Statuses that answer the question; invalid and error do not."""
+ANSWERS = ("robust", "broken", "misclassified", "unattacked")
+"""Statuses that answer the question; invalid and error do not. What has nothing to attack is robust."""
 
 
 @dataclass(frozen=True)

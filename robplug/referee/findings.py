@@ -86,6 +86,12 @@ class Diagnosis:
     adaptive: tuple[int, ...]
     steps: tuple[StepPoint, ...]
 
+    @property
+    def raised(self) -> dict[str, list[Finding]]:
+        """The findings of each check that was raised."""
+        names = dict.fromkeys(finding.check for finding in self.findings)
+        return {name: [finding for finding in self.findings if finding.check == name] for name in names}
+
 
 @dataclass(frozen=True)
 class Check:

@@ -121,8 +121,8 @@ def unfinished(summary: Summary) -> str:
 
 def diagnosis(one: Diagnosis) -> str:
     """Returns such as ``suspicious: one step beats many``."""
-    raised = ", ".join(dict.fromkeys(finding.check for finding in one.findings))
-    return f"{one.verdict}: {raised}" if raised else f"{one.verdict} in {plural(len(one.checked), 'check')}"
+    told = f": {', '.join(one.raised)}" if one.raised else f" in {plural(len(one.checked), 'check')}"
+    return f"{one.verdict}{told}"
 
 
 def adaptive(one: Diagnosis, summary: Summary) -> str:

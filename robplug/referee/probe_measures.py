@@ -16,8 +16,6 @@ from robplug.rng import Rng
 from robplug.targets import Target
 
 Columns = dict[str, Tensor]
-NEARBY = 0.01
-"""How far, in shares of the range, a sample is moved off the kinks that flat parts of an image lie on."""
 DIFFERENCE = 1e-3
 """Length in linf of a finite difference, in shares of the range: far above float32's rounding, below a grey level."""
 DIRECTIONS = 3
@@ -61,24 +59,18 @@ class Part:
         """The points that the threat allows."""
         return self.norm.ball(self.x, self.eps, self.target.bounds)
 
-    def nearby(self) -> Tensor:
-        """Returns points a little inside of the samples, the same ones for all measures."""
-        amount = self.rng.at_restart(1).uniform(self.x.shape[1:], 0.0, NEARBY * self.range, like=self.x)
-        return self.x + torch.where(self.x > sum(self.target.bounds) / 2, -amount, amount)
-
-    def gradient(self, x: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Returns the (N, D) gradients of a loss, and the logits.
+    def gradient(self, loss: Loss) -> Tensor:
+        """Returns the (N, D) gradients of a loss.
 
         Raises:
             NotMeasurableError: the target offers none.
         """
         if self.target.offers != "gradients":
             raise NotMeasurableError(f"the target offers {self.target.offers} and no gradients")
-        x = x.detach().clone().requires_grad_()
+        x = self.x.clone().requires_grad_()
         with torch.enable_grad():
-            logits = self.target.logits(x)
-            (gradient,) = torch.autograd.grad(loss(logits, self.y).sum(), x)
-        return gradient.flatten(1), logits.detach()
+            (gradient,) = torch.autograd.grad(loss(self.target.logits(x), self.y).sum(), x)
+        return gradient.flatten(1)
 
     def climb(self, ball: Ball, how: Steps, target: Target | None = None) -> Tensor:
         """Returns what a gradient attack finds, from the same starts each time."""
@@ -93,25 +85,18 @@ class Part:
 
 @torch.no_grad()
 def repeat(part: Part) -> Columns:
-    """Calls the model twice on one batch: other logits (beyond rounding), other classes."""
+    """Calls the model twice on one batch: other logits (beyond rounding), other classes, no finite ones."""
     first, second = part.target.logits(part.x.clone()), part.target.logits(part.x.clone())
     equal = torch.isclose(
         first, second, rtol=ROUNDING, atol=ROUNDING * float(first.nan_to_num().abs().amax()), equal_nan=True
     )
-    return {"differs": ~equal.all(1), "changes": first.argmax(1) != second.argmax(1)}
-
-
-@torch.no_grad()
-def answers(part: Part) -> Columns:
-    """Looks for logits that are no finite numbers, at the samples and near them."""
-    logits = torch.cat([part.target.logits(part.x.clone()), part.target.logits(part.nearby())], 1)
-    return {"infinite": ~logits.isfinite().all(1)}
+    infinite = ~(first.isfinite() & second.isfinite()).all(1)
+    return {"differs": ~equal.all(1), "changes": first.argmax(1) != second.argmax(1), "infinite": infinite}
 
 
 def gradients(part: Part) -> Columns:
-    """Looks at the gradients of margin and cross-entropy near the samples."""
-    own, _ = part.gradient(part.nearby(), margin)
-    other, _ = part.gradient(part.nearby(), cross_entropy)
+    """Looks at the gradients of margin and cross-entropy at the samples."""
+    own, other = part.gradient(margin), part.gradient(cross_entropy)
     finite = own.isfinite().all(1)
     zero = (own == 0).all(1)
     tiny = torch.finfo(own.dtype).tiny
@@ -139,14 +124,14 @@ def differences(part: Part) -> Columns:
 
 
 def _differences(part: Part) -> Columns:
-    x, (low, high) = part.nearby(), part.target.bounds
+    x, (low, high) = part.x, part.target.bounds
     with torch.no_grad():
         rival = part.target.logits(x).scatter(1, part.y[:, None], -torch.inf).argmax(1)
 
     def ahead(logits: Tensor, y: Tensor) -> Tensor:  # the margin to one class, which has no kink at a change of rivals
         return (logits.gather(1, rival[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
-    gradient, _ = part.gradient(x, ahead)
+    gradient = part.gradient(ahead)
     drawn = [part.rng.at_restart(2 + i).uniform(x.shape[1:], -1.0, 1.0, like=x).sign() for i in range(DIRECTIONS)]
     apart, size = (torch.zeros(len(x), device=x.device, dtype=x.dtype) for _ in range(2))
     for direction in (gradient.view_as(x).sign(), *drawn):
@@ -202,7 +187,6 @@ def averaging(part: Part) -> Columns:
 
 OF_MODEL: dict[str, Callable[[Part], Columns]] = {
     "repeat": repeat,
-    "answers": answers,
     "gradients": gradients,
     "differences": differences,
     "unbounded": unbounded,

@@ -61,7 +61,7 @@ def repeatable(evidence: Evidence) -> Iterator[Finding]:
     remedy="find the operation that gives nan or inf; a detector is to answer with a class of its own",
 )
 def answers(evidence: Evidence) -> Iterator[Finding]:
-    """The model gives nan or inf on clean, nearby or adversarial samples.
+    """The model gives nan or inf on clean, noisy or adversarial samples.
 
     Invalid: the largest of nan is no prediction, gradients end there, and such samples count as unresolved at best.
     """
@@ -72,7 +72,7 @@ def answers(evidence: Evidence) -> Iterator[Finding]:
     if rows:
         yield Finding(INVALID, f"{formats.plural(rows, 'row')} of the cells hold no finite answer", {"rows": rows})
     for probe, measure, where in (
-        (evidence.model, "answers", "at clean samples or near them"),
+        (evidence.model, "repeat", "before any attack"),
         (evidence.model, "unbounded", "after an unbounded attack"),
         (evidence.threat, "noise", "under noise"),
     ):

@@ -29,13 +29,13 @@ def draw(points: Sequence[StepPoint]) -> str:
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
     axes.grid(axis="y", color=RULE, linewidth=0.6)
-    loss = axes.twinx()
-    loss.patch.set_visible(False)
     margins = [point.margin for point in points if point.margin is not None]
-    if len(margins) == len(points):
+    if len(margins) == len(points):  # of a model that gives no number there is none
+        loss = axes.twinx()
+        loss.patch.set_visible(False)
         loss.plot(steps, margins, color=QUIET, linewidth=1.1, linestyle=(0, (4, 2)))
         loss.set_ylim(1.05 * min(*margins, -1e-9), 0.02 * max(-min(margins), 1e-9))
-    loss.tick_params(length=2.5, width=0.6, labelsize=9.5)
-    loss.spines["right"].set_visible(True)
-    loss.set_ylabel("median margin left", fontsize=9.5, labelpad=3)
+        loss.tick_params(length=2.5, width=0.6, labelsize=9.5)
+        loss.spines["right"].set_visible(True)
+        loss.set_ylabel("median margin left", fontsize=9.5, labelpad=3)
     return svg(figure, "robust accuracy and margin against the number of steps")

@@ -118,6 +118,7 @@ def test_useless_gradients_are_told_apart(name: str, instead: Callable[[Tensor],
     found = measured("gradients", part(Gradient(instead)))
     for kind in ("zero", "constant", "infinite"):
         assert found[kind].all() if kind == name else not found[kind].any()
+    assert not found["underflow"].any(), "the cross-entropy is not blamed where the margin has no gradient either"
 
 
 @pytest.mark.parametrize(("scale", "underflows"), [(1.0, False), (1e4, True)])

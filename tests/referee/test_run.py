@@ -21,6 +21,7 @@ from robplug.plugins import registry
 from robplug.referee.outlook import outlook
 
 PLAN: dict[str, Any] = {
+    "probes": 0,
     "targets": [{"name": "robplug/digits-standard"}],
     "datasets": [{"name": "digits", "samples": 24}],
     "threats": [{"norm": "linf", "eps": [0.1, 0.2]}],

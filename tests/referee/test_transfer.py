@@ -31,6 +31,7 @@ from robplug.referee.verify import Batch, Verdicts
 from robplug.types import Perturbed
 
 PLAN: dict[str, Any] = {
+    "probes": 0,
     "targets": [
         {"name": "plain", "make": "robplug/digits-standard"},
         {"name": "hardened", "make": "robplug/digits-at"},

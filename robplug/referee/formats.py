@@ -70,7 +70,8 @@ def counted(one: Matrix) -> str:
     models = len({*one.sources, *one.victims} - {*one.mixtures})
     if one.count == "pairs":
         return "samples that source and victim classify correctly"
-    return f"{plural(one.common, 'sample')} of {count(one.samples)} that all {models} models classify correctly"
+    who = f"all {models} models classify" if models > 1 else "the model classifies"
+    return f"{plural(one.common, 'sample')} of {count(one.samples)} that {who} correctly"
 
 
 def change(before: float, after: float) -> str:

@@ -12,6 +12,8 @@ demo: $(STAMP)
 	$(BIN)/robplug train benchmarks/demo/standard.toml
 	$(BIN)/robplug train benchmarks/demo/adversarial.toml
 	$(BIN)/robplug run benchmarks/demo/plan.toml
+	$(BIN)/robplug train benchmarks/demo/segmentation.toml
+	$(BIN)/robplug run benchmarks/demo/pixels.toml
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu"

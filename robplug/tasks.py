@@ -28,7 +28,7 @@ from robplug.targets import Target
 PADDING = -1
 """The label of rows that are no box."""
 RIGHT = 0.5
-"""Share of an image's foreground, in pixels or boxes, from which on it counts as read right."""
+"""Share from which on an image counts as read right: of what is foreground, or is read as such, in pixels or boxes."""
 OVERLAP = 0.5
 """Intersection over union from which on a detection finds a box."""
 CONFIDENT = 0.5
@@ -105,7 +105,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """One class a pixel; an image is read right if half of its foreground pixels are, or if it has none.
+    """One class a pixel; an image is read right if half of the pixels that are foreground, or are read as such, are.
 
     Attributes:
         classes: number of classes with the background, or None if it is not known.
@@ -127,21 +127,19 @@ class Segmentation:
         return torch.ones(len(y), dtype=torch.int64, device=y.device)
 
     def code(self, answer: Tensor, y: Tensor) -> Tensor:
-        foreground = _foreground(y)
-        right = (answer == y) & foreground
-        found, wanted = right.flatten(1).sum(1), foreground.flatten(1).sum(1)
-        return (found >= RIGHT * wanted).long().masked_fill_((answer < 0).flatten(1).any(1), -1)
+        right, either = self._foreground(answer, y)
+        read = right.flatten(1).sum(1) >= RIGHT * either.flatten(1).sum(1)
+        return read.long().masked_fill_((answer < 0).flatten(1).any(1), -1)
 
     def attackable(self, code: Tensor, y: Tensor) -> Tensor:
         return _foreground(y).flatten(1).any(1)
 
     def scores(self, answer: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Returns pixel_accuracy, and of each class that occurs intersection.K and union.K, in pixels."""
-        labelled, foreground = y != IGNORE, _foreground(y)
-        right = (answer == y) & labelled
+        """Returns pixel_accuracy, foreground, and of each class that occurs intersection.K and union.K, in pixels."""
+        labelled = y != IGNORE
         found = {
-            "pixel_accuracy": _share(right, labelled),
-            "foreground_accuracy": _share(right & foreground, foreground),
+            "pixel_accuracy": _share((answer == y) & labelled, labelled),
+            "foreground": _share(*self._foreground(answer, y)),
         }
         for label in range(self.classes or 0):
             here, there = (y == label), (answer == label) & labelled
@@ -154,10 +152,15 @@ class Segmentation:
     def check(self, y: Tensor, x: Tensor, name: str = "y") -> None:
         _check_classes(y, (len(x), *x.shape[-2:]), "(N, H, W)", self.classes, name, ignore=True)
 
+    def _foreground(self, answer: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns which pixels are foreground and read as their class, and which are, or are read as, foreground."""
+        foreground = _foreground(y)
+        return (answer == y) & foreground, (foreground | (answer != 0)) & (y != IGNORE)
+
 
 @dataclass(frozen=True)
 class Detection:
-    """Boxes with classes; an image is read right if half of its boxes are found, or if it has none.
+    """Boxes with classes; an image is read right if half of what it has, or is read as having, are boxes found.
 
     A box is found by a detection of its label with a score of at least .5 and an overlap (intersection over union) of
     at least .5.
@@ -179,17 +182,17 @@ class Detection:
         return torch.ones(len(y), dtype=torch.int64, device=y.device)
 
     def code(self, answer: Tensor, y: Tensor) -> Tensor:
-        found, boxes = self._found(answer, y)
-        right = (found >= RIGHT * boxes).long()
+        found, boxes, spurious = self._found(answer, y)
+        right = (found >= RIGHT * (boxes + spurious)).long()
         return right.masked_fill_(answer.isnan().flatten(1).any(1), -1)
 
     def attackable(self, code: Tensor, y: Tensor) -> Tensor:
         return (y[..., 4] != PADDING).any(1)
 
     def scores(self, answer: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Returns the numbers of boxes, of those that are found, and of confident detections."""
-        found, boxes = self._found(answer, y)
-        return {"boxes": boxes.double(), "found": found.double(), "detections": _confident(answer).sum(1).double()}
+        """Returns the numbers of boxes, of those that are found, and of confident detections that find none."""
+        found, boxes, spurious = self._found(answer, y)
+        return {"boxes": boxes.double(), "found": found.double(), "spurious": spurious.double()}
 
     def check(self, y: Tensor, x: Tensor, name: str = "y") -> None:
         if not (isinstance(y, Tensor) and y.dim() == 3 and len(y) == len(x) and y.shape[2] == 5):
@@ -203,12 +206,12 @@ class Detection:
             span = f"{int(rows[:, 4].min())} to {int(rows[:, 4].max())}"
             raise InputError(f"labels of {name} from 1{limit}", span, "0 is the background, -1 pads")
 
-    def _found(self, answer: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (N,) the number of boxes that are found, and of boxes."""
-        boxes = y[..., 4] != PADDING
-        same = (answer[:, None, :, 5] == y[:, :, None, 4]) & boxes[:, :, None] & _confident(answer)[:, None, :]
-        hit = (same & (overlap(y[..., :4], answer[..., :4]) >= OVERLAP)).any(2)
-        return hit.sum(1), boxes.sum(1)
+    def _found(self, answer: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (N,) the numbers of boxes that are found, of boxes, and of confident detections that find none."""
+        boxes, confident = y[..., 4] != PADDING, _confident(answer)
+        same = (answer[:, None, :, 5] == y[:, :, None, 4]) & boxes[:, :, None] & confident[:, None, :]
+        hit = same & (overlap(y[..., :4], answer[..., :4]) >= OVERLAP)
+        return hit.any(2).sum(1), boxes.sum(1), (confident & ~hit.any(1)).sum(1)
 
 
 def task_of(target: Target) -> Task:

@@ -94,7 +94,7 @@ def test_the_referee_says_that_there_is_nothing_to_attack() -> None:
     judged = verify(target, LINF, THREAT, batch, outcome, 8).rows
     assert [row.status for row in judged] == ["broken", "broken", "unattacked"]
     assert judged[2].note == NOTHING and judged[0].claim is True
-    assert judged[0].scores["clean.foreground_accuracy"] == 1.0 and judged[0].scores["adv.foreground_accuracy"] == 0.0
+    assert judged[0].scores["clean.foreground"] == 1.0 and judged[0].scores["adv.foreground"] == 0.0
     assert judged[0].distance == pytest.approx(0.12)
 
 

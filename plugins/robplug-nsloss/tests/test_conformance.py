@@ -1,4 +1,4 @@
-"""The host's rules for all that the plugin offers; for the attacks, which take long, test_attack.py has them shorter."""
+"""The host's rules for all that the plugin offers; test_attack.py has those of the attacks, with fewer steps."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def mixture_batch_norm(
         affine, running = (weight, bias), (running_mean, running_var)
         if parts.fits(x, sizes, eps, affine, running, shares):
             rows = [None if one is None else list(one) for one in running]
-            normal: Tensor = parts.MixtureBatchNorm.apply(x, list(sizes), eps, relu, shares, rows, *weight, *bias)[0]
+            normal: Tensor = parts.MixtureBatchNorm.apply(x, list(sizes), eps, relu, shares, rows, *weight, *bias)
             return normal
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)

@@ -35,12 +35,22 @@ def fits(
 
 
 class MixtureBatchNorm(torch.autograd.Function):
-    """Returns the result, and mean and inverse deviation of each group, (K, C); updates the running statistics."""
+    """Returns the result; updates the running statistics.
+
+    Without ``setup_context``, whose every call looks the signature up, which takes as long as a small layer.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, sizes: list[int], eps: float, relu: bool, momentum: Sequence[float], running: Any, *affine: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        sizes: list[int],
+        eps: float,
+        relu: bool,
+        momentum: Sequence[float],
+        running: Any,
+        *affine: Tensor,
+    ) -> Tensor:
         out, count = torch.empty_like(x), len(sizes)
         mean, inverse = x.new_empty(count, x.shape[1]), x.new_empty(count, x.shape[1])
         means, variances = (rows or [None] * count for rows in running)
@@ -48,17 +58,12 @@ class MixtureBatchNorm(torch.autograd.Function):
         results = zip(out.split(sizes), mean, inverse, strict=True)
         for group, share, result in zip(groups, momentum, results, strict=True):
             torch.native_batch_norm(*group, True, share, eps, out=result)
-        return out.relu_() if relu else out, mean, inverse
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.save_for_backward(x, out if relu else None, mean, inverse, *affine[:count])
+        return out.relu_() if relu else out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, ctx.sizes, ctx.eps, relu, _, _, *affine = inputs
-        out, mean, inverse = output
-        ctx.mark_non_differentiable(mean, inverse)
-        ctx.save_for_backward(x, out if relu else None, mean, inverse, *affine[: len(ctx.sizes)])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, out, mean, inverse, *weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the derivative of this one
             by_x, by_weight, by_bias = reference.gradients(g, x, torch.stack(weights), out, ctx.sizes, ctx.eps)

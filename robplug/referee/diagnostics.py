@@ -10,7 +10,17 @@ import numpy as np
 from robplug.referee import rules_probes, rules_rows
 from robplug.referee.cells import names_of
 from robplug.referee.entries import Attack, Subject, subject_identity
-from robplug.referee.findings import LEVELS, NO_FLAG, CannotCheckError, Check, Diagnosis, Evidence, Finding, Probe
+from robplug.referee.findings import (
+    LEVELS,
+    NO_FLAG,
+    NOT_CHECKED,
+    CannotCheckError,
+    Check,
+    Diagnosis,
+    Evidence,
+    Finding,
+    Probe,
+)
 from robplug.referee.rundir import Run, StoredCell
 
 CHECKS: tuple[Check, ...] = (
@@ -68,11 +78,13 @@ def _diagnose(run: Run, subject: Subject, cells: list[tuple[Attack, StoredCell]]
             findings += check(evidence)
         except CannotCheckError as error:
             unchecked[check.name] = str(error)
+    checked = tuple(check.name for check in CHECKS if check.name not in unchecked)
+    best = NO_FLAG if checked else NOT_CHECKED
     return Diagnosis(
         subject=subject.number,
-        verdict=max((finding.level for finding in findings), key=LEVELS.index, default=NO_FLAG),
+        verdict=max((finding.level for finding in findings), key=LEVELS.index, default=best),
         findings=tuple(findings),
-        checked=tuple(check.name for check in CHECKS if check.name not in unchecked),
+        checked=checked,
         unchecked=unchecked,
         adaptive=_adaptive(run, record, own),
         steps=rules_probes.curve(threat),

@@ -15,6 +15,8 @@ from robplug.referee.wilson import Rate, wilson
 
 NO_FLAG, SUSPICIOUS, INVALID = LEVELS = ("no flag", "suspicious", "invalid")
 """Verdicts, the worst last. None of them is "reliable": no check proves that."""
+NOT_CHECKED = "not checked"
+"""The verdict where no check could be made."""
 MANY = 0.01
 """Share of samples that the lower end of an interval must exceed: one odd sample is no pattern."""
 
@@ -70,7 +72,7 @@ class Diagnosis:
 
     Attributes:
         subject: its number.
-        verdict: the worst level of the findings, or "no flag".
+        verdict: the worst level of the findings, "no flag" without, or "not checked" if no check could be made.
         findings: what was raised.
         checked: names of the checks that were made.
         unchecked: those that could not be made, and why.

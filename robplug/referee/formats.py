@@ -122,8 +122,10 @@ def unfinished(summary: Summary) -> str:
 
 def diagnosis(one: Diagnosis) -> str:
     """Returns such as ``suspicious: one step beats many``."""
-    told = f": {', '.join(one.raised)}" if one.raised else f" in {plural(len(one.checked), 'check')}"
-    return f"{one.verdict}{told}"
+    if one.raised:
+        return f"{one.verdict}: {', '.join(one.raised)}"
+    made = f"in {plural(len(one.checked), 'check')}" if one.checked else f"({next(iter(one.unchecked.values()))})"
+    return f"{one.verdict} {made}"
 
 
 def adaptive(one: Diagnosis, summary: Summary) -> str:

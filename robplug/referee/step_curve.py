@@ -32,7 +32,7 @@ def draw(points: Sequence[StepPoint]) -> str:
     margins = [point.margin for point in points if point.margin is not None]
     if len(margins) == len(points):  # of a model that gives no number there is none
         loss = axes.twinx()
-        loss.patch.set_visible(False)
+        axes.patch.set_facecolor("none")  # one of two axes in a place is always painted
         loss.plot(steps, margins, color=QUIET, linewidth=1.1, linestyle=(0, (4, 2)))
         loss.set_ylim(1.05 * min(*margins, -1e-9), 0.02 * max(-min(margins), 1e-9))
         loss.tick_params(length=2.5, width=0.6, labelsize=9.5)

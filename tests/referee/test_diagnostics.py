@@ -210,6 +210,16 @@ def test_what_could_not_be_checked_is_said(tmp_path: Path) -> None:
     assert found.verdict == "no flag" and found.steps == ()
 
 
+def test_other_tasks_than_classification_are_not_checked(tmp_path: Path) -> None:
+    path = write_run(tmp_path, [made("r" * 40)])
+    (file,) = path.glob("cells/*/cell.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task": "segmentation"}))
+    results = Results(path)
+    (found,) = results.summary().diagnoses
+    assert found.verdict == "not checked" and set(found.unchecked) == ALL and not found.checked
+    assert "diagnosis: not checked (there is no check of segmentation)" in str(results.table())
+
+
 def test_a_transferred_attack_is_a_black_box(tmp_path: Path) -> None:
     threats = [{"norm": "linf", "eps": 0.15}]
     targets = [suspect("masked", {}), {"name": "plain", "make": "robplug/digits-standard"}]

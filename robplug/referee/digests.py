@@ -73,14 +73,14 @@ def _bytes(tensor: Tensor) -> bytes:
 def source_digest(module: nn.Module, entry: TargetEntry, where: str) -> str:
     """Returns the SHA-256 of what the model computes beside its weights.
 
-    That is the printed structure, the parameters of ``make``, and the source files of ``make``, of all classes that
-    torch does not bring, and of the functions that modules hold (a test-time defence, say).
+    That is the printed structure, the object in ``make`` and its parameters, and the source files of ``make``, of all
+    classes that torch does not bring, and of the functions that modules hold (a test-time defence, say).
     """
-    content = hashlib.sha256(f"{module!r}{json.dumps(entry.params, sort_keys=True, default=str)}".encode())
+    path, _, made = (entry.make or "").partition(":")
+    content = hashlib.sha256(f"{module!r}{made}{json.dumps(entry.params, sort_keys=True, default=str)}".encode())
     things: list[Any] = [cls for part in module.modules() for cls in type(part).__mro__]
     things += [value for part in module.modules() for value in vars(part).values() if inspect.isroutine(value)]
     files = {file for thing in things if not _of_torch(thing) and (file := _file_of(thing))}
-    path = (entry.make or "").partition(":")[0]
     if path.endswith(".py"):
         files.add(str(find_file(path, Path(where).parent)))
     # one file may be known by a relative and by an absolute path

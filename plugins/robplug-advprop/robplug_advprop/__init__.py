@@ -5,8 +5,9 @@ The names below are loaded when they are first used, so that importing the packa
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from robplug.lazy import exports
 
 if TYPE_CHECKING:
     from robplug_advprop.corruptions import corrupt, corruption_errors, corruption_names, mean_corruption_error
@@ -38,29 +39,14 @@ __all__ = [
     "route",
 ]
 
-_HOMES = {
-    "MixtureBatchNorm1d": "layers",
-    "MixtureBatchNorm2d": "layers",
-    "MixtureBatchNorm3d": "layers",
-    "MixtureSyncBatchNorm": "layers",
-    "convert": "surgery",
-    "convert_group_norm": "surgery",
-    "corrupt": "corruptions",
-    "corruption_errors": "corruptions",
-    "corruption_names": "corruptions",
-    "drop_auxiliary": "surgery",
-    "keep_only": "statistics",
-    "mean_corruption_error": "corruptions",
-    "mixture_batch_norm": "kernels.ops",
-    "route": "routing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'robplug_advprop' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robplug_advprop.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "corruptions": ["corrupt", "corruption_errors", "corruption_names", "mean_corruption_error"],
+        "kernels.ops": ["mixture_batch_norm"],
+        "layers": ["MixtureBatchNorm1d", "MixtureBatchNorm2d", "MixtureBatchNorm3d", "MixtureSyncBatchNorm"],
+        "routing": ["route"],
+        "statistics": ["keep_only"],
+        "surgery": ["convert", "convert_group_norm", "drop_auxiliary"],
+    },
+)

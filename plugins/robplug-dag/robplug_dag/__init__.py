@@ -5,8 +5,9 @@ The names below are loaded when they are first used, so that importing the packa
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from robplug.lazy import exports
 
 if TYPE_CHECKING:
     from robplug_dag.dense import Record, dag
@@ -32,29 +33,13 @@ __all__ = [
     "text_mask",
 ]
 
-_HOMES = {
-    "Record": "dense",
-    "dag": "dense",
-    "dense_adversary_grad": "kernels.ops",
-    "fooling_start": "shapes",
-    "label_map": "shapes",
-    "leave_out": "goals",
-    "normalised_step": "kernels.ops",
-    "perceptibility": "measures",
-    "permuted": "measures",
-    "permuted_goals": "goals",
-    "random_goals": "goals",
-    "random_permutations": "goals",
-    "strongest_rivals": "shapes",
-    "text_mask": "shapes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'robplug_dag' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robplug_dag.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "dense": ["Record", "dag"],
+        "goals": ["leave_out", "permuted_goals", "random_goals", "random_permutations"],
+        "kernels.ops": ["dense_adversary_grad", "normalised_step"],
+        "measures": ["perceptibility", "permuted"],
+        "shapes": ["fooling_start", "label_map", "strongest_rivals", "text_mask"],
+    },
+)

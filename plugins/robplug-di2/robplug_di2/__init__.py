@@ -5,8 +5,9 @@ The names below are loaded when they are first used, so that importing the packa
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from robplug.lazy import exports
 
 if TYPE_CHECKING:
     from robplug_di2.diversity import InputDiversity
@@ -14,14 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["InputDiversity", "resize_pad"]
 
-_HOMES = {"InputDiversity": "diversity", "resize_pad": "kernels.ops"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'robplug_di2' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robplug_di2.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "diversity": ["InputDiversity"],
+        "kernels.ops": ["resize_pad"],
+    },
+)

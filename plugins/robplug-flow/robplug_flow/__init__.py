@@ -5,8 +5,9 @@ The names below are loaded when they are first used, so that importing the packa
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from robplug.lazy import exports
 
 if TYPE_CHECKING:
     from robplug_flow.defense import fgr
@@ -25,23 +26,12 @@ __all__ = [
     "warp",
 ]
 
-_HOMES = {
-    "fgr": "defense",
-    "flow_gradient_penalty": "kernels.ops",
-    "flow_smoothness": "kernels.ops",
-    "largest_displacement": "metrics",
-    "to_normalized": "units",
-    "to_pixels": "units",
-    "total_variation": "metrics",
-    "warp": "kernels.ops",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'robplug_flow' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robplug_flow.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "defense": ["fgr"],
+        "kernels.ops": ["flow_gradient_penalty", "flow_smoothness", "warp"],
+        "metrics": ["largest_displacement", "total_variation"],
+        "units": ["to_normalized", "to_pixels"],
+    },
+)

@@ -5,8 +5,9 @@ The names below are loaded when they are first used, so that importing the packa
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from robplug.lazy import exports
 
 if TYPE_CHECKING:
     from robplug_nsloss.jacobian import jacobian_penalty
@@ -22,21 +23,11 @@ __all__ = [
     "sphere_noise",
 ]
 
-_HOMES = {
-    "accumulate_signs": "kernels.ops",
-    "jacobian_penalty": "jacobian",
-    "layer_sensitivity": "sensitivity",
-    "mean_abs_difference": "kernels.ops",
-    "ns_loss": "sensitivity",
-    "sphere_noise": "kernels.ops",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'robplug_nsloss' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"robplug_nsloss.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "jacobian": ["jacobian_penalty"],
+        "kernels.ops": ["accumulate_signs", "mean_abs_difference", "sphere_noise"],
+        "sensitivity": ["layer_sensitivity", "ns_loss"],
+    },
+)

@@ -11,6 +11,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from robplug.testing.kernels import interpret_without_gpu
+
+# torchvision's operators bring triton in, and its own kernels are decorated when it is first imported
+interpret_without_gpu()
 torch.set_num_threads(1)
 # a shell that runs tests in the background has them ignore Ctrl-C, which some of them send
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -199,8 +199,9 @@ class Detection:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise InputError(f"{name} of shape ({len(x)}, M, 5), rows x1, y1, x2, y2, label", got)
         rows = y[y[..., 4] != PADDING]
-        if bool((rows[:, :2] >= rows[:, 2:4]).any()):
-            raise InputError(f"boxes of {name} with x1 < x2 and y1 < y2", rows[0].tolist())
+        fits = (rows[:, :2] < rows[:, 2:4]).all(1)  # false also for nan
+        if not bool(fits.all()):
+            raise InputError(f"boxes of {name} with x1 < x2 and y1 < y2", rows[~fits][0].tolist())
         if len(rows) and (rows[:, 4].min() < 1 or (self.classes is not None and rows[:, 4].max() >= self.classes)):
             limit = "" if self.classes is None else f" to {self.classes - 1}"
             span = f"{int(rows[:, 4].min())} to {int(rows[:, 4].max())}"

@@ -20,6 +20,7 @@ STATUSES: dict[str, Status] = {
     "b": "broken",
     "i": "invalid",
     "e": "error",
+    "u": "unattacked",
 }
 NAN = float("nan")
 
@@ -65,7 +66,7 @@ class MadeCell:
         return hashlib.sha256(f"{index} {self!r}".encode()).hexdigest()
 
     def rows(self) -> list[SampleResult]:
-        distances = self.distances or [NAN if letter in "me" else self.eps or 0.05 for letter in self.statuses]
+        distances = self.distances or [NAN if letter in "meu" else self.eps or 0.05 for letter in self.statuses]
         measures = self.measures or [{}] * len(self.statuses)
         claims = self.claims or [None] * len(self.statuses)
         after = self.predictions_adv or [_prediction(letter) for letter in self.statuses]
@@ -91,7 +92,7 @@ class MadeCell:
 
 
 def _prediction(letter: str) -> int:
-    return {"m": -1, "e": -1, "b": 1}.get(letter, 0)
+    return {"m": -1, "e": -1, "b": 1, "u": -1}.get(letter, 0)
 
 
 def write_run(path: Path, made: Sequence[MadeCell], chunk: int = 4, **record: Any) -> Path:

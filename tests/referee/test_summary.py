@@ -56,6 +56,15 @@ def test_a_cell_counts_each_status(tmp_path: Path) -> None:
     assert (cell.clean.count, cell.clean.total) == (8, 9)
 
 
+def test_what_has_nothing_to_attack_is_robust_and_no_success(tmp_path: Path) -> None:
+    summary = _summary(tmp_path, MadeCell("murbu", claims=[None, None, False, True, None]))
+    (cell,), (case,) = summary.cells, summary.worst_cases
+    assert cell.robust_accuracy is not None
+    assert (cell.robust_accuracy.count, cell.success.count, cell.success.total) == (3, 1, 2)
+    assert (cell.clean.count, cell.claim.rate.count, cell.claim.rate.total) == (4, 1, 2)
+    assert _counts(case) == (1, 1, 0, 3) and not case.refused
+
+
 def test_worst_case_is_per_sample(tmp_path: Path) -> None:
     summary = _summary(
         tmp_path,

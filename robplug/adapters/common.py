@@ -13,11 +13,11 @@ import importlib.metadata as metadata
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from robplug.errors import RobplugError, ThreatError
+from robplug.errors import InputError, RobplugError, ThreatError
 from robplug.types import AttackSpec, ThreatModel
 
 DISTRIBUTIONS = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox", "torchattacks": "torchattacks"}
@@ -122,6 +122,28 @@ def other_version(library: str) -> str:
     except metadata.PackageNotFoundError:
         return ""
     return "" if here == made_for else f"{library} {here} is installed; the catalogue was made with {made_for}"
+
+
+def check_exportable(spec: AttackSpec, library: str, tasks: Sequence[str] = ("classification",)) -> None:
+    """Refuses an attack that a library has no models for, or that must be fitted to data first.
+
+    Args:
+        spec: of the attack.
+        library: name of the library, for the message.
+        tasks: what it has models for.
+
+    Raises:
+        ThreatError: the attack serves none of these tasks.
+        InputError: it is fitted to a data set.
+    """
+    if not set(spec.tasks) & set(tasks):
+        has, wants = " and ".join(tasks), " and ".join(spec.tasks)
+        raise ThreatError(
+            f"expected an attack on {has}, all that {library} has models for, got {spec.name} on {wants}; "
+            "use robplug.evaluate"
+        )
+    if spec.scope != "sample":
+        raise InputError("an attack of single samples", f"{spec.name}, which is fitted to data", "use robplug.evaluate")
 
 
 class ForeignAttack:

@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from art.attacks.attack import EvasionAttack
     from art.defences.trainer import Trainer
     from art.estimators.classification import PyTorchClassifier
+    from art.estimators.object_detection import PyTorchObjectDetector
 
 
-def attack(name: str, estimator: PyTorchClassifier, **params: Any) -> EvasionAttack:
+def attack(name: str, estimator: PyTorchClassifier | PyTorchObjectDetector, **params: Any) -> EvasionAttack:
     """Makes an ART attack of a robplug attack.
 
     Args:
         name: as in ``robplug list attacks``.
-        estimator: a ``PyTorchClassifier`` with ``clip_values``.
+        estimator: a ``PyTorchClassifier`` with ``clip_values``, or a ``PyTorchObjectDetector`` for an attack that
+            serves detection; ART has no estimators for segmentation.
         **params: ``eps``, left out for an attack that looks for the smallest distance; ``norm``, the first that the
             attack serves without; ``targeted``; ``batch_size``; ``seed``; ``backward="identity"`` to let gradients pass
             preprocessing defences that have none; and the attack's own parameters.
@@ -28,8 +30,9 @@ def attack(name: str, estimator: PyTorchClassifier, **params: Any) -> EvasionAtt
     Raises:
         UnknownNameError: no plugin has it.
         InputError: it has no such parameter, needs to be fitted to a data set, or asks for more than the estimator has.
-        ThreatError: it does not serve the norm or ``targeted``, or eps is missing or out of place.
-        art.exceptions.EstimatorError: the estimator is no ``PyTorchClassifier``.
+        ThreatError: it does not serve the norm or ``targeted``, eps is missing or out of place, or it serves neither
+            classification nor detection.
+        art.exceptions.EstimatorError: the estimator is of another kind.
 
     Example:
         >>> import numpy, torch

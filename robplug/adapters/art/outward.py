@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,16 @@ from art.attacks.attack import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
 from art.estimators.classification.classifier import ClassifierMixin
 from art.estimators.estimator import BaseEstimator, LossGradientsMixin
+from art.estimators.object_detection import PyTorchObjectDetector
+from art.estimators.object_detection.object_detector import ObjectDetectorMixin
 from torch import Tensor, nn
 
+from robplug.adapters.common import check_exportable
 from robplug.errors import InputError, ThreatError
 from robplug.plugins import registry
 from robplug.rng import Rng
 from robplug.targets import OFFERS, Target, evaluation_mode
+from robplug.tasks import PADDING
 from robplug.types import AttackSpec, ThreatModel
 
 OWN = ("eps", "norm", "targeted", "batch_size", "seed", "backward")
@@ -24,13 +29,17 @@ OWN = ("eps", "norm", "targeted", "batch_size", "seed", "backward")
 NORMS: dict[Any, str] = {np.inf: "linf", "inf": "linf", 2: "l2", 1: "l1"}
 """ART's names of norms, which are taken as well."""
 PIXEL_NORMS = frozenset({"linf", "l2", "l1", "l0"})
+ESTIMATORS: dict[str, tuple[type[Any], ...]] = {
+    "classification": (ClassifierMixin, PyTorchClassifier),
+    "detection": (ObjectDetectorMixin, PyTorchObjectDetector),
+}
+"""What an estimator of a task is derived from."""
 
 
-def make_attack(name: str, estimator: PyTorchClassifier, **params: Any) -> RobplugAttack:
+def make_attack(name: str, estimator: PyTorchClassifier | PyTorchObjectDetector, **params: Any) -> RobplugAttack:
     """Makes the export; see `robplug.adapters.art.attack`."""
     spec: AttackSpec = registry().spec("attack", name)
-    if spec.scope != "sample":
-        raise InputError("an attack of single samples", f"{name}, which is fitted to data", "use robplug.evaluate")
+    check_exportable(spec, "ART", tuple(ESTIMATORS))
     clash = sorted(set(OWN) & set(spec.params))
     if clash:
         raise InputError(f"an attack without parameters called {', '.join(OWN)}", f"{name} with {', '.join(clash)}")
@@ -44,7 +53,7 @@ class RobplugAttack(EvasionAttack):  # type: ignore[misc]
     call to call; those of a sample do not depend on ``batch_size``.
 
     Args:
-        estimator: a classifier of a PyTorch network.
+        estimator: a classifier or an object detector of a PyTorch network.
         spec: of the attack.
         params: those in ``OWN`` and the attack's own; ``set_params`` changes any of them.
     """
@@ -55,11 +64,16 @@ class RobplugAttack(EvasionAttack):  # type: ignore[misc]
     seed: int
     backward: str | None
 
-    def __init__(self, estimator: PyTorchClassifier, spec: AttackSpec, params: dict[str, Any]) -> None:
+    def __init__(
+        self, estimator: PyTorchClassifier | PyTorchObjectDetector, spec: AttackSpec, params: dict[str, Any]
+    ) -> None:
         self.spec = spec
+        served = [task for task in ESTIMATORS if task in spec.tasks]
+        fits = [task for task in served if isinstance(estimator, ESTIMATORS[task])]
+        self.task = (fits or served)[0]
         self.attack_params = [*EvasionAttack.attack_params, *OWN, *spec.params]
         gradients = (LossGradientsMixin,) if spec.needs == "gradients" else ()
-        self._estimator_requirements = (BaseEstimator, *gradients, ClassifierMixin, PyTorchClassifier)
+        self._estimator_requirements = (BaseEstimator, *gradients, *ESTIMATORS[self.task])
         super().__init__(estimator=estimator)
         defaults = {"eps": None, "norm": spec.norms[0], "targeted": not spec.untargeted, "batch_size": 32, "seed": 0}
         self.set_params(**{**defaults, "backward": None, **spec.params, **params})
@@ -110,16 +124,17 @@ class RobplugAttack(EvasionAttack):  # type: ignore[misc]
             raise InputError(f"an estimator with {self.spec.needs}", f"one with {target.offers}", remedy)
         return target
 
-    def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
+    def generate(self, x: np.ndarray, y: Any = None, **kwargs: Any) -> np.ndarray:
         """Attacks a batch.
 
         Args:
             x: (N, ...) floating-point samples inside the clip values.
             y: (N,) or (N, 1) classes, or (N, C) with the largest value at the class: the true ones, or the goals of a
-                targeted attack. None means the estimator's own predictions.
+                targeted attack. Of a detector a list of N dicts with ``boxes`` (M, 4) and ``labels`` (M,), all of which
+                count whatever their ``scores``. None means the estimator's own predictions, a detector's from .5 on.
             **kwargs: ``mask``, broadcastable to x, is 0 or False where a value must stay as it is. The attack then sees
                 a network for which the value is the clean one whatever it tries, one sample at a time, which is slow;
-                it needs a norm of pixels.
+                it needs a norm of pixels, and a classifier.
 
         Returns:
             x_adv, with shape and dtype of x.
@@ -127,7 +142,10 @@ class RobplugAttack(EvasionAttack):  # type: ignore[misc]
         Raises:
             InputError: an argument does not fit.
         """
-        free = _free(kwargs.pop("mask", None), x, self.norm)
+        mask = kwargs.pop("mask", None)
+        if mask is not None and self.task != "classification":
+            raise InputError(f"no mask for {self.task}", "one", "leave mask out")
+        free = _free(mask, x, self.norm)
         if kwargs:
             raise InputError("no argument but x, y and mask", ", ".join(kwargs), "leave it out")
         if y is None and self.targeted:
@@ -135,7 +153,8 @@ class RobplugAttack(EvasionAttack):  # type: ignore[misc]
         target = self._target()
         inputs = torch.from_numpy(np.array(x)).to(target.device)
         inputs = inputs.to(target.dtype) if inputs.is_floating_point() else inputs  # refused by the attack
-        labels = None if y is None else torch.from_numpy(_classes(y, len(x))).to(target.device)
+        read = _classes if self.task == "classification" else _boxes
+        labels = None if y is None else torch.from_numpy(read(y, len(x))).to(target.device)
         rng, size = self._rng.next_call(len(x)), self.batch_size if free is None else 1
         x_adv = inputs.clone()
         with evaluation_mode(target.module):
@@ -198,3 +217,21 @@ def _classes(y: np.ndarray, count: int) -> np.ndarray:
     if classes.shape != (count,) or (classes != classes.astype(np.int64)).any():
         raise InputError(f"y of {count} classes, as numbers or one-hot", f"shape {array.shape} {array.dtype}")
     return classes.astype(np.int64)
+
+
+def _boxes(y: Sequence[Mapping[str, Any]], count: int) -> np.ndarray:
+    """Returns (N, M, 5) float32 rows x1, y1, x2, y2, label of ART's labels for detectors, padded with label -1."""
+    parts = []
+    for one in y:
+        if not (isinstance(one, Mapping) and {"boxes", "labels"} <= one.keys()):
+            raise InputError("y of dicts with boxes and labels", sorted(one) if isinstance(one, Mapping) else one)
+        boxes, labels = (np.asarray(one[key], dtype=np.float32) for key in ("boxes", "labels"))
+        if labels.ndim != 1 or (boxes.shape != (len(labels), 4) and (boxes.size or len(labels))):
+            raise InputError(f"boxes of shape ({labels.size}, 4), one for each label", boxes.shape)
+        parts.append(np.concatenate([boxes.reshape(-1, 4), labels[:, None]], axis=1))
+    if len(parts) != count:
+        raise InputError(f"y of {count} dicts, one for each image", len(parts))
+    padded = np.full((count, max(map(len, parts), default=0), 5), PADDING, dtype=np.float32)
+    for rows, part in zip(padded, parts, strict=True):
+        rows[: len(part)] = part
+    return padded

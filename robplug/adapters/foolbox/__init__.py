@@ -24,7 +24,7 @@ def attack(name: str, *, norm: str | None = None, seed: int = 0, **params: Any) 
     Raises:
         UnknownNameError: no plugin has it.
         InputError: it has no such parameter, or needs to be fitted to a data set.
-        ThreatError: it does not serve the norm.
+        ThreatError: it does not serve the norm, or no classification.
 
     Example:
         >>> import foolbox, torch

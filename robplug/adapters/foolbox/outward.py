@@ -25,6 +25,7 @@ from foolbox.attacks.base import (
 from foolbox.criteria import Misclassification, TargetedMisclassification
 from torch import Tensor
 
+from robplug.adapters.common import check_exportable
 from robplug.errors import InputError, ThreatError
 from robplug.plugins import registry
 from robplug.rng import Rng
@@ -37,11 +38,10 @@ DISTANCES = {"linf": foolbox.distances.linf, "l2": foolbox.distances.l2, "l1": f
 def attack(name: str, norm: str | None, seed: int, params: dict[str, Any]) -> FoolboxAttack:
     """Makes the export; see `robplug.adapters.foolbox.attack`."""
     spec: AttackSpec = registry().spec("attack", name)
+    check_exportable(spec, "Foolbox")
     norm = spec.norms[0] if norm is None else norm
     if norm not in spec.norms:
         raise ThreatError(f"expected a norm that {name} serves ({', '.join(spec.norms)}), got {norm!r}")
-    if spec.scope != "sample":
-        raise InputError("an attack of single samples", f"{name}, which is fitted to data", "use robplug.evaluate")
     exported = _Exported(registry().attack(name, **params), spec, norm, Rng(seed, ()))
     if norm not in DISTANCES:
         return UnclippedAttack(exported)

@@ -29,7 +29,7 @@ def attack(
     Raises:
         UnknownNameError: no plugin has it.
         InputError: it has no such parameter, or needs to be fitted to a data set.
-        ThreatError: it does not serve the norm, or eps is missing or out of place.
+        ThreatError: it does not serve the norm, or no classification, or eps is missing or out of place.
 
     Example:
         >>> import torch

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchattacks.attack import Attack as TorchattacksAttack
 
-from robplug.errors import InputError, ThreatError
+from robplug.adapters.common import check_exportable
+from robplug.errors import ThreatError
 from robplug.plugins import registry
 from robplug.rng import Rng
 from robplug.targets import from_module
@@ -24,11 +25,10 @@ def attack(
 ) -> TorchattacksAttack:
     """Makes the export; see `robplug.adapters.torchattacks.attack`."""
     spec: AttackSpec = registry().spec("attack", name)
+    check_exportable(spec, "torchattacks")
     norm = spec.norms[0] if norm is None else norm
     if norm not in spec.norms:
         raise ThreatError(f"expected a norm that {name} serves ({', '.join(spec.norms)}), got {norm!r}")
-    if spec.scope != "sample":
-        raise InputError("an attack of single samples", f"{name}, which is fitted to data", "use robplug.evaluate")
     if (eps is None) != (spec.budget == "minimal"):
         want = "no eps: it looks for the smallest distance" if spec.budget == "minimal" else "eps, its radius"
         raise ThreatError(f"{name}: expected {want}, got eps={eps}")

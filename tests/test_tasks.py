@@ -35,8 +35,8 @@ def test_scores_of_pixels_against_a_loop() -> None:
     scores, codes = task.scores(answer, y), task.code(answer, y)
     for n in range(len(y)):
         pairs = [(int(a), int(b)) for a, b in zip(answer[n].flatten(), y[n].flatten(), strict=True) if b != IGNORE]
-        front = [(a, b) for a, b in pairs if b != 0]
-        for name, part in (("pixel_accuracy", pairs), ("foreground_accuracy", front)):
+        front = [(a, b) for a, b in pairs if (a, b) != (0, 0)]
+        for name, part in (("pixel_accuracy", pairs), ("foreground", front)):
             expected = sum(a == b for a, b in part) / len(part) if part else math.nan
             assert float(scores[name][n]) == pytest.approx(expected, nan_ok=True)
         for label in range(CLASSES):
@@ -45,7 +45,8 @@ def test_scores_of_pixels_against_a_loop() -> None:
             found = float(scores[f"intersection.{label}"][n]), float(scores[f"union.{label}"][n])
             assert found == pytest.approx((both, union) if union else (math.nan, math.nan), nan_ok=True)
         assert int(codes[n]) == (sum(a == b for a, b in front) >= 0.5 * len(front))
-    assert codes.tolist() == [1, 0, 1, 1, 1]  # without foreground there is nothing to be wrong about
+    assert codes[1] == 0 and codes[3:].tolist() == [0, 1]  # foreground that is not there is read; nothing is asked
+    assert task.code(torch.zeros_like(answer), y)[3:].tolist() == [1, 1]
     assert task.attackable(codes, y).tolist() == [True, True, True, False, False]
     assert task.wanted(y).tolist() == [1] * 5
 
@@ -90,8 +91,9 @@ def test_scores_of_boxes_against_a_loop() -> None:
         objects = [row for row in y[n].tolist() if row[4] != -1]
         sure = [row for row in answer[n].tolist() if row[5] != -1 and row[4] >= 0.5]
         found = sum(any(one[4] == row[5] and iou(one[:4], row[:4]) >= 0.5 for row in sure) for one in objects)
-        assert [float(scores[name][n]) for name in ("boxes", "found", "detections")] == [len(objects), found, len(sure)]
-        assert int(codes[n]) == (found >= 0.5 * len(objects))
+        idle = sum(not any(one[4] == row[5] and iou(one[:4], row[:4]) >= 0.5 for one in objects) for row in sure)
+        assert [float(scores[name][n]) for name in ("boxes", "found", "spurious")] == [len(objects), found, idle]
+        assert int(codes[n]) == (found >= 0.5 * (len(objects) + idle))
         assert bool(task.attackable(codes, y)[n]) == bool(objects)
         again = [row for row in task.labels(answer)[n].tolist() if row[4] != -1]
         assert again == [[*row[:4], row[5]] for row in sure]

@@ -99,7 +99,8 @@ class DetectionAdversary(_DenseAdversary):
     """DAG for detection: every proposal that stands for an object is to change its class.
 
     A proposal is a target if it overlaps an object, and is classified as it, by more than ``positive`` each; of several
-    objects it stands for the one it overlaps most. The proposal stage keeps more of them for the attack.
+    objects it stands for the one it overlaps most. The proposal stage keeps more of them for the attack. An image
+    without targets is returned as it is, with the claim false and a trace of zeros.
 
     Source: Xie et al. 2017, Algorithm 1; sections 2.3.2 and 2.3.5 of the dissertation.
 

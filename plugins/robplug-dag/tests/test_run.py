@@ -41,8 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "net.py").write_text(HUES)
     torch.manual_seed(0)
     detector = registry().named_target("robplug/ssd-residual", width=8)
-    data = robplug.dataset("shapes-boxes", split="train", samples=96, **SHAPES)
-    robplug.train(detector, data, epochs=8, batch_size=8, optimizer="adam", lr=0.01, device="cpu")
+    data = robplug.dataset("shapes-boxes", split="train", samples=64, **SHAPES)
+    robplug.train(detector, data, epochs=6, batch_size=8, optimizer="adam", lr=0.01, device="cpu")
     save_file(detector.state_dict(), folder / "boxes.safetensors")
     boxes = {"make": "robplug/ssd-residual", "params": {"width": 8}, "weights": str(folder / "boxes.safetensors")}
     pixels = {"make": f"{folder}/net.py:Hues"}

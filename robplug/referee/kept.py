@@ -57,11 +57,10 @@ def keep_answers(index: int, batch: Batch, found: Verdicts, store: CellStore) ->
     """
     if not isinstance(batch.task, Detection):
         return
-    adv = batch.answer
+    adv = batch.answer.clone()  # a file does not hold one memory twice
     if found.answer is not None:
         whole = together([batch.answer, found.answer])
-        clean, attacked = whole[: len(batch.answer)], whole[len(batch.answer) :]
-        adv = clean.clone()
+        adv, attacked = whole[: len(batch.answer)].clone(), whole[len(batch.answer) :]
         adv[batch.attacked] = attacked
     tensors = {"sample": torch.tensor(batch.ids, dtype=torch.int64), "clean": batch.answer, "adv": adv}
     store.write_tensors("answers", index, tensors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ def check_installed(where: str) -> None:
         import pycocotools  # noqa: F401
     except ModuleNotFoundError as error:
         raise PlanError(where, "detection needs the package pycocotools: pip install 'robplug[vision]'") from error
+
+
+def has_precision(record: Mapping[str, Any]) -> bool:
+    """Whether cell.json has what `precision` returns for all its radii, and not for those of an earlier plan."""
+    wanted = [reading["eps"] for reading in record["readings"]] or [None]
+    return {*wanted} <= {one["eps"] for one in record.get("quality", ())}
 
 
 def precision(path: Path, y: Tensor) -> list[dict[str, Any]]:

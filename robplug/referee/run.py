@@ -17,7 +17,7 @@ from robplug.referee.heartbeat import Heartbeat
 from robplug.referee.jobs import Job, goals, prepare
 from robplug.referee.kept import found_elsewhere, keep_answers, keep_samples, keep_trace
 from robplug.referee.plan import Plan, load_plan
-from robplug.referee.precision import precision
+from robplug.referee.precision import has_precision, precision
 from robplug.referee.probes import plan_probes, run_probe
 from robplug.referee.records import cell_record, provenance
 from robplug.referee.results import Results
@@ -146,7 +146,8 @@ def run_cell(job: Job, number: int, plan: Plan, run: Store, clean: CleanAnswers)
             record["chunks"] = [*record["chunks"], done]
             store.write_record(record)
             Heartbeat(store.heartbeat_path(index)).end()
-        if len(record["chunks"]) == len(chunks) and record["state"] != "finished":
+        lacking = job.target.task == "detection" and not has_precision(record)
+        if len(record["chunks"]) == len(chunks) and (record["state"] != "finished" or lacking):
             if job.target.task == "detection":
                 record["quality"] = precision(store.path, job.dataset.labels("detection"))
             record["state"] = "finished"

@@ -118,8 +118,8 @@ def verify(
             row = _row(base, "error", note=outcome.error)
         else:
             row = _row(base, "unattacked", note=NOTHING if batch.made is None else "")
-        if base["prediction"] != base["y"] and row.status not in ("invalid", "error"):
-            row = replace(row, status="misclassified", note="")
+        if base["prediction"] != base["y"]:
+            row = replace(row, status="misclassified", note="" if row.status == "unattacked" else row.note)
         rows.append(replace(row, scores={**clean[i], **row.scores}))
     return Verdicts(rows, None if judged is None else judged.answer)
 

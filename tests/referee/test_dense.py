@@ -23,6 +23,18 @@ PLAN: dict[str, Any] = {
 def test_an_attack_on_a_detector_that_fails_leaves_rows_and_precision(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     results = robplug.evaluate({**PLAN, "timeout_s": 1e-9}, out=tmp_path)
-    assert [row["status"] for row in results.rows()].count("error") == 3 and results.summary().finished
+    assert all("timeout" in row["note"] for row in results.rows()) and results.summary().finished
     before, after = results.summary().cells[0].quality["mAP 50"]
     assert before == after
+
+
+@pytest.mark.parametrize("fails", [{"timeout_s": 1e-9}, {}])
+def test_what_is_read_wrong_before_any_attack_is_misclassified_whatever_the_attack_does(
+    tmp_path: Path, fails: dict[str, Any]
+) -> None:
+    blind = {"name": "blind", "make": "robplug/fcn-small"}  # untrained
+    data = {"name": "shapes", "params": {"samples": 3, "size": 32}}
+    summary = robplug.evaluate({**PLAN, "targets": [blind], "datasets": [data], **fails}, out=tmp_path).summary()
+    assert summary.cells[0].misclassified == 3 and summary.cells[0].clean.value == 0
+    assert summary.worst_cases[0].misclassified == 3 and summary.worst_cases[0].clean.value == 0
+    assert bool(summary.cells[0].notes) is bool(fails)

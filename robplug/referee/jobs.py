@@ -21,7 +21,7 @@ from robplug.referee.keys import Identity, cell_key
 from robplug.referee.load import Model, make_dataset, make_target
 from robplug.referee.plan import Plan
 from robplug.referee.plan_tables import TargetEntry
-from robplug.referee.precision import check_installed
+from robplug.referee.precision import check_computable
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.targets import OFFERS, Target, evaluation_mode
@@ -170,8 +170,6 @@ def make_model(
         target = make_target(entry, dataset, registry, where, device, [member.target for member in members])
     if target.bounds != dataset.bounds:
         raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
-    if target.task == "detection":
-        check_installed(name)
     try:
         labels = dataset.labels(target.task)
     except InputError as error:
@@ -188,6 +186,8 @@ def make_model(
         task_of(replace(target, classes=classes)).check(labels, dataset.x, f"labels of {dataset.name}")
     except InputError as error:
         raise PlanError(name, f"has {classes} classes: {error}") from None
+    if target.task == "detection":
+        check_computable(labels, name)
     known = replace(target, classes=classes)
     parts = [source_digest(known.module, entry, where), plugin_digest(entry, registry)]
     parts += [member.source for member in members]

@@ -24,8 +24,18 @@ NAMES = ("mAP 50", "mAP")
 PADDING = -1
 
 
-def check_installed(where: str) -> None:
-    """Refuses a plan with detectors where their precision could not be computed at the end."""
+def check_computable(y: Tensor, where: str) -> None:
+    """Refuses a plan with detectors where their precision could not be computed at the end.
+
+    Args:
+        y: (N, M, 5) boxes of all samples.
+        where: how errors speak of the plan.
+
+    Raises:
+        PlanError: there is no box, or a package is missing.
+    """
+    if not bool((y[..., 4] != PADDING).any()):
+        raise PlanError(where, "expected samples with at least one box, got none; choose other samples, or more")
     try:
         import pycocotools  # noqa: F401
     except ModuleNotFoundError as error:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import robplug
+from robplug.errors import PlanError
+from robplug.vision import shapes
 
 PLAN: dict[str, Any] = {
     "probes": 0,
@@ -38,3 +42,11 @@ def test_what_is_read_wrong_before_any_attack_is_misclassified_whatever_the_atta
     assert summary.cells[0].misclassified == 3 and summary.cells[0].clean.value == 0
     assert summary.worst_cases[0].misclassified == 3 and summary.worst_cases[0].clean.value == 0
     assert bool(summary.cells[0].notes) is bool(fails)
+
+
+def test_samples_without_any_box_are_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shapes.shapes_boxes
+    monkeypatch.setattr(shapes, "shapes_boxes", lambda **params: replace(full(**params), y=-torch.ones(3, 4, 5)))
+    with pytest.raises(PlanError, match="at least one box"):
+        robplug.evaluate(PLAN, out=tmp_path)
+    assert not list(tmp_path.glob("cells/*"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robplug.referee.guard import Outcome
 from robplug.referee.store import CellStore
-from robplug.referee.verify import PLAIN, Batch, Verdicts
+from robplug.referee.verify import Batch, Verdicts, has_values
 from robplug.rng import Rng
 from robplug.tasks import Detection, together
 from robplug.types import Perturbed
@@ -34,7 +34,7 @@ def keep_samples(keep: str, index: int, batch: Batch, found: Verdicts, outcome: 
     if keep == "none" or (keep == "examples" and index > 0):
         return
     x_adv = getattr(outcome.perturbed, "x_adv", None)
-    fits = isinstance(x_adv, Tensor) and type(x_adv) in PLAIN and x_adv.shape == batch.x[batch.attacked].shape
+    fits = isinstance(x_adv, Tensor) and has_values(x_adv) and x_adv.shape == batch.x[batch.attacked].shape
     place = {batch.ids[i]: k for k, i in enumerate(batch.attacked.nonzero().flatten().tolist())} if fits else {}
     if keep == "all":
         store.write_tensors("adversarials", index, _tensors(batch, outcome, place, list(place)))
@@ -73,7 +73,7 @@ def _tensors(batch: Batch, outcome: Outcome, place: dict[int, int], samples: lis
     if samples and outcome.perturbed is not None:
         tensors["x_adv"] = outcome.perturbed.x_adv.detach()[rows]
         witness = outcome.perturbed.witness
-        if isinstance(witness, Tensor) and type(witness) in PLAIN and len(witness) == len(place):
+        if isinstance(witness, Tensor) and has_values(witness) and witness.shape[:1] == (len(place),):
             tensors["witness"] = witness.detach()[rows]
     return tensors
 
@@ -82,7 +82,7 @@ def keep_trace(index: int, batch: Batch, outcome: Outcome, store: CellStore) -> 
     """Stores what an attack followed step by step, if it says so."""
     trace = getattr(outcome.perturbed, "trace", None)
     count = int(batch.attacked.sum())
-    if isinstance(trace, Tensor) and type(trace) in PLAIN and trace.dim() == 2 and len(trace) == count:
+    if isinstance(trace, Tensor) and has_values(trace) and trace.dim() == 2 and len(trace) == count:
         store.write_tensors("trace", index, {"trace": trace.float()})
 
 

@@ -165,9 +165,17 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, batch: Batch, outcom
     return _Judged(prediction, distance, faults, measures, scores, answer)
 
 
+def has_values(tensor: Any) -> bool:
+    """Whether something is a plain tensor of numbers that lie in memory one by one, and so can be read and stored."""
+    if type(tensor) not in PLAIN or tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    return tensor.device.type != "meta" and not (tensor.is_quantized or tensor.is_complex())
+
+
 def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
-    if type(x_adv) not in PLAIN:
-        return f"returned {type(x_adv).__name__} instead of a plain tensor"
+    if type(x_adv) not in PLAIN or x_adv.is_nested:
+        kind = type(x_adv).__name__
+        return f"returned {'a nested' if kind in ('Tensor', 'Parameter') else kind} instead of a plain tensor"
     if x_adv.shape != x.shape:
         return f"returned shape {tuple(x_adv.shape)} instead of {tuple(x.shape)}"
     if x_adv.layout != torch.strided or x_adv.device.type == "meta":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import robplug
+from robplug.attacks import FGSM
 from robplug.isolation import ModuleState, global_numbers
 from robplug.norms import LINF
 from robplug.referee.guard import Assignment, Outcome, run_guarded
@@ -407,3 +409,33 @@ def test_a_target_gives_no_more_than_it_offers(case: Case, offers: str) -> None:
         return Perturbed(x.detach())
 
     assert judge(limited, greedy)[1].error == ""
+
+
+@pytest.mark.parametrize("keep", ["examples", "all"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda x: Perturbed(x.to_sparse()),
+        lambda x: Perturbed(x.to("meta")),
+        lambda x: Perturbed(x.to(torch.complex128)),
+        lambda x: Perturbed(torch.nested.nested_tensor(list(x))),
+        lambda x: Perturbed(x, x.to_sparse()),
+        lambda x: Perturbed(x, torch.tensor(1.0)),
+        lambda x: Perturbed(x, None, None, torch.ones(len(x), 3).to_sparse()),
+        lambda x: Perturbed(x, None, None, torch.ones(len(x), 3, device="meta")),
+    ],
+)
+def test_tensors_that_no_file_can_hold_end_no_run(
+    lie: Any, keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FGSM, "run", lambda self, target, x, *rest, **named: lie(x))
+    plan = {
+        "probes": 0,
+        "targets": [{"name": "robplug/digits-standard"}],
+        "datasets": [{"name": "digits", "samples": 3}],
+        "threats": [{"norm": "linf", "eps": 0.1}],
+        "attacks": [{"name": "robplug/fgsm"}],
+        "keep": keep,
+    }
+    results = robplug.evaluate(plan, out=tmp_path)
+    assert results.summary().finished and not any(row["status"] == "broken" for row in results.rows())

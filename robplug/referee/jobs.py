@@ -88,6 +88,9 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
         identity = identities[place]
         if not sources:
             _check_offers(cell, model.target, where)
+        if cell.permuted and dataset.x.dim() < 4:
+            problem = f"{dataset.name} has samples of shape {tuple(dataset.x.shape[1:])}, without rows and columns"
+            raise PlanError(f"{where}: transfer.permuted", f"{problem}; leave it out")
         try:
             key = cell_key(cell, identity, plan.chunk, plan.batch_size, [source.key for source in sources])
             attack = registry.attack(cell.spec.name, **cell.params)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import robplug
+from robplug import data
 from robplug.errors import PlanError, StoreError
 from robplug.plugins import registry
 from robplug.referee.guard import Outcome
@@ -334,3 +336,17 @@ def test_a_matrix_that_is_under_way_counts_what_every_model_has_seen(run: Path, 
     (part,) = results.summary().matrices
     assert 0 < part.common < whole.common and all(entry.unresolved == 0 for entry in part.entries)
     assert results.summary().incomplete == 4 and "4 cells incomplete" in str(results.table())
+
+
+def test_samples_that_are_no_images_have_no_rows_and_columns_to_permute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data.digits
+    monkeypatch.setattr(data, "digits", lambda **params: replace(images(**params), x=images(**params).x.flatten(1)))
+    (tmp_path / "net.py").write_text("import torch\n\ndef net(seed):\n    return torch.nn.Linear(64, 10)\n")
+    targets = [{"name": name, "make": "net.py:net", "params": {"seed": place}} for place, name in enumerate("ab")]
+    transfer = [{"sources": ["a"], "victims": ["b"], "permuted": True}]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match="permuted.*rows and columns"):
+        robplug.evaluate({**PLAN, "targets": targets, "transfer": transfer}, out=tmp_path / "run")
+    assert not list(tmp_path.glob("run/cells/*"))

@@ -45,6 +45,9 @@ class ResultsTable:
             parts.append(_diagnosis(self.summary, subject))
         for matrix in self.summary.matrices:
             parts += [_matrix_table(self.summary, matrix), Text(_legend(matrix), style="dim")]
+        if any(cell.beyond for cell in self.summary.cells):
+            text = "\u2020 also beyond the radius: the attack looks for the smallest distance, wherever it is"
+            parts.append(Text(text, style="dim"))
         if any(cell.claim.kind != "claim" for cell in self.summary.cells):
             parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
         yield Group(*parts)
@@ -61,10 +64,14 @@ def _table(summary: Summary, subject: Subject, columns: tuple[str, ...]) -> Tabl
     table.add_column("attack", overflow="fold", min_width=13)
     cells = _in_order(summary, subject)
     figures = list(dict.fromkeys(name for cell in cells for name in list(cell.quality)[:1]))
+    left_out = ("95 % interval",) if figures and columns == ALWAYS else ()  # its place is the figures'
+    columns = tuple(name for name in columns if name not in left_out)
     for name in (*figures, *columns):
         table.add_column(name, justify="right", no_wrap=name not in ("invalid/ error", "median distance"))
     for cell in cells:
-        name, *values = _cells(summary, cell)[: len(columns) + 1]
+        name, *rest = _cells(summary, cell)
+        every = dict(zip((*ALWAYS, *WHERE_THERE_IS_ROOM), rest, strict=True))
+        values = [every[column] for column in columns]
         shown = [
             formats.change(*cell.quality[figure]) if figure in cell.quality else formats.NONE for figure in figures
         ]
@@ -113,6 +120,7 @@ def _cells(summary: Summary, cell: CellSummary) -> list[str]:
     if cell.invalid + cell.error > UNRESOLVED_LIMIT * cell.samples:
         rate = None  # a share of robust samples would read as a success of the attack
     claim = formats.percent(cell.claim.rate.value) + ("" if cell.claim.kind == "claim" else " *")
+    claim += " \u2020" if cell.beyond else ""
     incomplete = "" if cell.finished else f" ({cell.samples} of {cell.expected} samples)"
     return [
         summary.attack(cell.attack).name + incomplete,

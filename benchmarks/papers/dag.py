@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from dag_pictures import draw_pictures
 from matplotlib.figure import Figure
 
+import robplug
 from robplug.referee.pictures import read_arrays
 from robplug.referee.plan import read_toml
 from robplug.referee.quality import quality
 from robplug.referee.results import Results
 from robplug.referee.rundir import StoredCell, load_run
+from robplug.vision.shapes import HUES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from schema import Result, Row, surroundings, write
@@ -36,6 +39,7 @@ ROBPLUG = Path(sys.executable).with_name("robplug")
 TRAINED = [f"{network}-{subset}" for network in ("fcn", "unet", "plain", "residual") for subset in ("a", "b")]
 PLANS = ("", "-rules", "-density")
 COLOURS = {"FCN": "tab:blue", "U-Net": "tab:orange", "plain": "tab:green", "residual": "tab:red"}
+IMAGES, CONTRAST = 128, 0.04
 RULES = {"label": "-", "goal": "--"}
 
 
@@ -69,6 +73,20 @@ def figure(cell: StoredCell) -> tuple[str, float, float]:
     return name, 100 * before, 100 * after
 
 
+def colour_kept(cell: StoredCell) -> float:
+    """Returns the share of classes in images whose mean colour under attack is still nearest to the class's own."""
+    pixels = robplug.dataset("shapes", samples=IMAGES).y
+    prototypes = 0.5 + CONTRAST * torch.tensor([(0, 0, 0), *HUES.values()][:4], dtype=torch.float32)
+    kept = []
+    for chunk in cell.record["chunks"]:
+        arrays = read_arrays(cell.path / f"adversarials-{chunk['index']:05d}.safetensors", ("sample", "x_adv"))
+        for sample, image in zip(arrays["sample"].tolist(), torch.from_numpy(arrays["x_adv"]), strict=True):
+            for label in pixels[sample].unique()[1:]:  # the first is the background
+                mean = image[:, pixels[sample] == label].mean(1)
+                kept.append(bool((prototypes - mean).norm(dim=1).argmin() == label))
+    return float(np.mean(kept))
+
+
 def density(cell: StoredCell) -> float:
     """Returns the overlap from which on the attack drops a proposal for a better one."""
     return float(cell.record["params_in_force"]["nms_threshold"])
@@ -80,13 +98,13 @@ def contender(cell: StoredCell) -> str:
     return f"{rule}, nms {density(cell)}" if cell.record["swept"] else rule
 
 
-def row(cell: StoredCell, control: StoredCell | None, first: float) -> Row:
+def row(cell: StoredCell, control: StoredCell | None, first: float | None) -> Row:
     """Returns the row of an attack on its own network: steps until no target is active, and what it did.
 
     Args:
         cell: of the attack.
         control: judges the same perturbations with rows and columns in random order.
-        first: median number of steps of the first row.
+        first: median number of steps of the first row; None for that row itself.
     """
     active = trace(cell)
     steps = (active > 0).sum(1)
@@ -102,8 +120,13 @@ def row(cell: StoredCell, control: StoredCell | None, first: float) -> Row:
         "linf largest of 255": round(float(largest.max()), 1),
         "targets": round(float(active[:, 0].mean()), 1),
         "mean steps": round(float(steps.mean()), 1),
-        "converged": round(float(np.mean([claim is True for claim in cell.claim])), 4),
+        "converged": round(float((cell.claim == 1).mean()), 4),
+        "colour kept": round(100 * colour_kept(cell), 2),
     }
+    if cell.record["task"] == "detection":
+        for when, kind in (("before", "clean"), ("after", "adv")):
+            found = [scores.get(f"{kind}.found", 0.0) for scores in cell.scores]
+            extra[f"boxes found {when}"] = round(100 * sum(found) / sum(one["clean.boxes"] for one in cell.scores), 2)
     if control is not None:
         extra["permuted"] = round(figure(control)[2], 2)
     return Row(
@@ -113,7 +136,7 @@ def row(cell: StoredCell, control: StoredCell | None, first: float) -> Row:
         low=float(low),
         high=float(high),
         unit="steps",
-        ratio=round(float(median) / first, 4),
+        ratio=round(float(median) / (first or float(median)), 4),
         relative_to="FCN, A, rule label",
         extra=extra,
     )
@@ -126,7 +149,7 @@ def rows(runs: list[Path]) -> list[Row]:
         for cell in cells:
             if not cell.transferred:
                 own = [one for one in cells if one.source == f"{cell.source}, permuted" and one.target == cell.target]
-                found.append(row(cell, own[0] if own else None, found[0].median if found else 1.0))
+                found.append(row(cell, own[0] if own else None, found[0].median if found else None))
     return found
 
 
@@ -180,7 +203,7 @@ def main() -> None:
     result = Result(
         benchmark="dag-small",
         command="python benchmarks/papers/dag.py",
-        settings={"images": 128, "size": 64, "training images": 500},
+        settings={"images": IMAGES, "size": 64, "training images": 500},
         rows=rows(runs),
         findings=draw_pictures(runs[0], PAGES),
         **surroundings(),

@@ -22,6 +22,9 @@ from robplug_dag import dag, fooling_start, label_map, strongest_rivals, text_ma
 ENLARGED = 3
 GAP = 6
 SIDE = 96
+NOISE = (0.4, 0.6)
+"""Wide beside the shapes' contrast of .04 and their noise of .01."""
+PARTS = ("x", "x_adv", "before", "after")
 SHOWN = ("U-Net, A", "residual, A")
 Array = np.ndarray[Any, Any]
 
@@ -34,8 +37,8 @@ def draw_pictures(run: Path, folder: Path) -> list[str]:
         folder: where the pictures go.
     """
     cells = [cell for cell in load_run(run).own if cell.target in SHOWN]
-    examples = [read_arrays(cell.path / "examples.safetensors", ("x", "x_adv", "before", "after")) for cell in cells]
-    _save([_strip(*(one[name][0] for name in one)) for one in examples], folder / "dag-small-attacked.png")
+    examples = [read_arrays(cell.path / "examples.safetensors", PARTS) for cell in cells]
+    _save([_strip(*(one[part][0] for part in PARTS)) for one in examples], folder / "dag-small-attacked.png")
     model = registry().named_target("robplug/unet-small")
     model.load_state_dict(load_file("runs/dag-small/models/unet-a/weights.safetensors"))
     model.eval().requires_grad_(False)
@@ -54,8 +57,8 @@ def fancy(model: nn.Module, path: Path) -> str:
 def fooling(model: nn.Module, path: Path) -> str:
     """Draws letters as the prediction of noise; returns how many pixels are predicted as wanted."""
     goals = label_map(text_mask("2017", SIDE, SIDE), inside=2)[None]
-    x, rivals = fooling_start(model, goals, Rng(0, [0]))
-    x_adv, record = dag(model, x, rivals, goals, rule="goal")
+    x, rivals = fooling_start(model, goals, Rng(0, [0]), bounds=NOISE)
+    x_adv, record = dag(model, x, rivals, goals, gamma=1 / 255, rule="goal")
     _save([_strip(x[0], x_adv[0], model(x).argmax(1)[0], model(x_adv).argmax(1)[0])], path)
     return _said("fooling image", model(x_adv), goals, int(record.iterations[0]))
 

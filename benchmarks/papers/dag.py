@@ -28,6 +28,7 @@ from robplug.referee.plan import read_toml
 from robplug.referee.quality import quality
 from robplug.referee.results import Results
 from robplug.referee.rundir import StoredCell, load_run
+from robplug.tasks import OVERLAP, PADDING, overlap
 from robplug.vision.shapes import HUES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -87,6 +88,19 @@ def colour_kept(cell: StoredCell) -> float:
     return float(np.mean(kept))
 
 
+def right_scores(cell: StoredCell) -> list[float]:
+    """Returns of each box the best score of a detection of its class and place under attack, 0 where there is none."""
+    boxes = robplug.dataset("shapes", samples=IMAGES).labels("detection")
+    scores: list[float] = []
+    for chunk in cell.record["chunks"]:
+        arrays = read_arrays(cell.path / f"answers-{chunk['index']:05d}.safetensors", ("sample", "adv"))
+        truth, found = boxes[arrays["sample"]], torch.from_numpy(arrays["adv"])
+        right = (overlap(truth[..., :4], found[..., :4]) >= OVERLAP) & (truth[:, :, None, 4] == found[:, None, :, 5])
+        best = (right * found[:, None, :, 4]).amax(2)
+        scores += best[truth[..., 4] != PADDING].tolist()
+    return scores
+
+
 def density(cell: StoredCell) -> float:
     """Returns the overlap from which on the attack drops a proposal for a better one."""
     return float(cell.record["params_in_force"]["nms_threshold"])
@@ -127,6 +141,9 @@ def row(cell: StoredCell, control: StoredCell | None, first: float | None) -> Ro
         for when, kind in (("before", "clean"), ("after", "adv")):
             found = [scores.get(f"{kind}.found", 0.0) for scores in cell.scores]
             extra[f"boxes found {when}"] = round(100 * sum(found) / sum(one["clean.boxes"] for one in cell.scores), 2)
+        scores = np.array(right_scores(cell))
+        extra["score of the right class after"] = round(float(np.median(scores)), 3)
+        extra["boxes without it after"] = round(100 * float((scores == 0).mean()), 2)
     if control is not None:
         extra["permuted"] = round(figure(control)[2], 2)
     return Row(

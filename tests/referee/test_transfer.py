@@ -347,6 +347,6 @@ def test_samples_that_are_no_images_have_no_rows_and_columns_to_permute(
     targets = [{"name": name, "make": "net.py:net", "params": {"seed": place}} for place, name in enumerate("ab")]
     transfer = [{"sources": ["a"], "victims": ["b"], "permuted": True}]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PlanError, match="permuted.*rows and columns"):
+    with pytest.raises(PlanError, match=r"permuted.*rows and columns"):
         robplug.evaluate({**PLAN, "targets": targets, "transfer": transfer}, out=tmp_path / "run")
     assert not list(tmp_path.glob("run/cells/*"))

@@ -27,11 +27,13 @@ def drawn_over(image: Array, answer: Array) -> Array:
             shown[:, answer == label] *= 1 - SHARE
             shown[:, answer == label] += SHARE * colour(int(label))[:, None]
         return shown
+    if answer.ndim != 2 or answer.shape[1] != 6:
+        return shown  # a run may come from somebody else
     height, width = shown.shape[1:]
     for x1, y1, x2, y2, score, label in answer[::-1]:  # the best is drawn last, above the others
-        if label >= 0 and score >= CONFIDENT:
-            left, right = (int(np.clip(round(float(x)), 0, width - 1)) for x in (x1, x2 - 1))
-            top, bottom = (int(np.clip(round(float(y)), 0, height - 1)) for y in (y1, y2 - 1))
+        if label >= 0 and score >= CONFIDENT and not np.isnan([x1, y1, x2, y2]).any():
+            left, right = (round(float(np.clip(x, 0, width - 1))) for x in (x1, x2 - 1))
+            top, bottom = (round(float(np.clip(y, 0, height - 1))) for y in (y1, y2 - 1))
             for frame in (np.s_[[top, bottom], left : right + 1], np.s_[top : bottom + 1, [left, right]]):
                 shown[(slice(None), *frame)] = colour(int(label))[:, None, None]
     return shown

@@ -52,7 +52,7 @@ def first_example(cells: Sequence[StoredCell]) -> Example | None:
     """Returns one example of the first cell that has images, a broken one if there is any; None without images."""
     for cell in cells:
         arrays = read_arrays(cell.path / "examples.safetensors", ("sample", "x", "x_adv"))
-        if arrays and arrays["x"].ndim != 4:
+        if arrays and (arrays["x"].ndim != 4 or arrays["x_adv"].shape != arrays["x"].shape):
             continue  # only images can be shown
         samples = np.asarray(arrays.get("sample", ()), dtype=np.int64)
         rows = {row["sample"]: row for row in cell.table.filter(np.isin(cell.sample, samples)).to_pylist()}
@@ -65,7 +65,7 @@ def first_example(cells: Sequence[StoredCell]) -> Example | None:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Array]:
-    """Returns the arrays of a file, as many in each; nothing if there is no such file.
+    """Returns the arrays of a file, those with as many entries as the named ones; nothing if there is no such file.
 
     Raises:
         StoreError: it is damaged, or lacks one of the names.
@@ -74,10 +74,12 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Array]:
         return {}
     try:
         arrays = load_file(path)
-        fits = len({len(arrays[name]) for name in names}) == 1
-    except (SafetensorError, OSError, KeyError) as error:
+        lengths = {len(arrays[name]) for name in names}
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise StoreError(path, f"is damaged ({error}); remove it, the numbers do not need it") from None
-    return arrays if fits else {}
+    if len(lengths) > 1:
+        return {}
+    return {name: array for name, array in arrays.items() if array.ndim and len(array) in lengths}
 
 
 def _example(cell: StoredCell, row: dict[str, Any], arrays: dict[str, Array]) -> Example:

@@ -37,7 +37,7 @@ def read_trace(cell: StoredCell) -> Trace | None:
     """Returns the traces of a cell, or None where its attack has left none."""
     files = [cell.path / f"trace-{int(chunk['index']):05d}.safetensors" for chunk in cell.record["chunks"]]
     parts = [arrays["trace"] for path in files if "trace" in (arrays := read_arrays(path, ("trace",)))]
-    parts = [part for part in parts if part.size]
+    parts = [part for part in parts if part.size and part.ndim == 2]
     if not parts or len({part.shape[1] for part in parts}) > 1:
         return None
     values = np.concatenate(parts).astype(np.float64)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_run import NAN, MadeCell, write_run
@@ -19,6 +20,7 @@ from make_run import NAN, MadeCell, write_run
 from robplug.errors import InputError, RobplugError, StoreError
 from robplug.referee.figures import _Line
 from robplug.referee.formats import radius, seconds
+from robplug.referee.overlays import drawn_over
 from robplug.referee.pictures import first_example
 from robplug.referee.report import write_report
 from robplug.referee.rundir import load_run
@@ -317,3 +319,18 @@ def _bytes(picture: Path) -> np.ndarray:
     from matplotlib.image import imread
 
     return (imread(picture)[..., :3] * 255).round().astype(int)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_boxes_that_are_no_numbers_are_drawn_as_far_as_they_go(value: float) -> None:
+    drawn = drawn_over(np.zeros((3, 8, 8)), np.array([[1, value, 5, value, 0.9, 1], [2, 2, 4, 4, 0.9, 2]]))
+    assert drawn.shape == (3, 8, 8) and drawn[:, 2, 2].any()
+
+
+@pytest.mark.parametrize("answer", [np.zeros(()), np.zeros((0, 1, 6)), np.zeros((2, 4, 3)), np.zeros((2, 4, 3, 3))])
+def test_answers_of_any_shape_end_no_report(answer: np.ndarray, tmp_path: Path) -> None:
+    run = write_run(tmp_path, [MadeCell("rrb", images=_images())])
+    path = next(run.glob("cells/*/examples.safetensors"))
+    save_file({**load_file(path), "before": answer, "after": answer}, path)
+    save_file({"trace": np.ones(2, dtype=np.float32)}, path.with_name("trace-00000.safetensors"))
+    assert write_report(run).is_file()

@@ -176,7 +176,8 @@ class Detection:
 
     def labels(self, answer: Tensor) -> Tensor:
         sure = answer[..., [0, 1, 2, 3, 5]]
-        return sure.masked_fill(~_confident(answer)[..., None], PADDING)
+        boxes = _confident(answer) & (answer[..., :2] < answer[..., 2:4]).all(-1)  # what has no area is no label
+        return sure.masked_fill(~boxes[..., None], PADDING)
 
     def wanted(self, y: Tensor) -> Tensor:
         return torch.ones(len(y), dtype=torch.int64, device=y.device)

@@ -117,8 +117,9 @@ def mean_average_precision(boxes: Sequence[Any], detections: Sequence[Any]) -> d
 
 
 def _rows(padded: Tensor) -> Any:
+    """Returns the rows that are boxes; those that are no numbers find nothing."""
     rows = padded.double().numpy()
-    return rows[rows[:, -1] != PADDING]
+    return rows[(rows[:, -1] != PADDING) & np.isfinite(rows).all(axis=1)]
 
 
 def _corner_and_size(row: Any) -> list[float]:

@@ -70,7 +70,8 @@ class AnchorDetector(nn.Module):
     def detections(self, x: Tensor) -> Tensor:
         """Returns (N, 100, 6) rows x1, y1, x2, y2, score, label, the best first, filled up with rows of label -1.
 
-        Of each class the 200 best boxes with a score of 0.05 or more go through non-maximum suppression at 0.5.
+        Of each class the 200 best boxes with a score of 0.05 or more go through non-maximum suppression at 0.5. All rows
+        of an image are nan where the network gives nan: silence would pass for an empty image.
         """
         logits, offsets = self(x)
         scores, order = logits.softmax(2)[..., 1:].transpose(1, 2).topk(min(CANDIDATES, logits.shape[1]))
@@ -81,7 +82,9 @@ class AnchorDetector(nn.Module):
         found = torch.cat([boxes, scores[..., None], labels[..., None]], -1).flatten(1, 2)
         found[found[..., 5] == PADDING] = PADDING
         best = found[..., 4].argsort(dim=1, descending=True, stable=True)[:, :DETECTIONS]
-        return F.pad(rows(found, best), (0, 0, 0, DETECTIONS - best.shape[1]), value=PADDING)
+        answers = F.pad(rows(found, best), (0, 0, 0, DETECTIONS - best.shape[1]), value=PADDING)
+        lost = (logits.isnan().any(2) | offsets.isnan().any(2)).any(1)
+        return answers.masked_fill(lost[:, None, None], torch.nan)
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns (N,) the loss of each image: cross-entropy and smooth L1 per matched anchor.

@@ -11,7 +11,11 @@ import torch
 
 import robplug
 from robplug.errors import PlanError
+from robplug.referee.precision import _rows, mean_average_precision
+from robplug.tasks import Detection
 from robplug.vision import shapes
+from robplug.vision.detector import AnchorDetector
+from robplug.vision.nets import conv_block
 
 PLAN: dict[str, Any] = {
     "probes": 0,
@@ -50,3 +54,39 @@ def test_samples_without_any_box_are_refused_before_the_run(tmp_path: Path, monk
     with pytest.raises(PlanError, match="at least one box"):
         robplug.evaluate(PLAN, out=tmp_path)
     assert not list(tmp_path.glob("cells/*"))
+
+
+class Broken(AnchorDetector):
+    """Gives nan for every image in which the first value is large, as logits or as answers."""
+
+    def __init__(self, answers: bool) -> None:
+        super().__init__(conv_block(3, 4, stride=4), 4, 4, (12.0,))
+        self.answers = answers
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, offsets = super().forward(x)
+        lost = (x[:, 0, 0, 0] > 0.5) & (not self.answers)
+        return logits.masked_fill(lost[:, None, None], torch.nan), offsets
+
+    def detections(self, x: torch.Tensor) -> torch.Tensor:
+        answers = super().detections(x)
+        answers[(x[:, 0, 0, 0] > 0.5) & self.answers, 0] = torch.nan
+        return answers
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_detector_that_gives_no_number_is_not_broken_but_answers_nothing(answers: bool) -> None:
+    module = Broken(answers).eval()
+    x, y = torch.zeros(2, 3, 32, 32), torch.tensor([[[1.0, 1, 12, 12, 1]]] * 2)
+    x[1] = 1.0
+    found = robplug.target(module, task="detection").detections(x)
+    assert Detection(4).code(found, y).tolist() == [0, -1]
+    pytest.importorskip("pycocotools")
+    assert mean_average_precision([_rows(one) for one in y], [_rows(one) for one in found])["mAP"] >= 0
+
+
+def test_labels_that_a_detector_gives_are_labels_that_a_task_takes() -> None:
+    answer = torch.tensor([[[0.0, 2, 0, 9, 0.9, 1], [1, 2, 5, 9, 0.9, 2], [1, 2, 5, 9, 0.1, 1]]])
+    labels = Detection(4).labels(answer)
+    Detection(4).check(labels, torch.zeros(1, 3, 16, 16))
+    assert labels[..., 4].tolist() == [[-1, 2, -1]]

@@ -439,3 +439,21 @@ def test_tensors_that_no_file_can_hold_end_no_run(
     }
     results = robplug.evaluate(plan, out=tmp_path)
     assert results.summary().finished and not any(row["status"] == "broken" for row in results.rows())
+
+
+@pytest.mark.parametrize("lie", [lambda x: Perturbed(x.double()), lambda x: Perturbed(x, x.to("meta"))])
+def test_what_the_source_could_not_judge_is_not_judged_elsewhere(
+    lie: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FGSM, "run", lambda self, target, x, *rest, **named: lie(x))
+    plan = {
+        "probes": 0,
+        "targets": [{"name": "a", "make": "robplug/digits-standard"}, {"name": "b", "make": "robplug/digits-at"}],
+        "datasets": [{"name": "digits", "samples": 3}],
+        "threats": [{"norm": "linf", "eps": 0.1}],
+        "attacks": [{"name": "robplug/fgsm"}],
+        "transfer": [{"sources": ["a"], "victims": ["b"]}],
+    }
+    rows = robplug.evaluate(plan, out=tmp_path).rows()
+    assert all(row["status"] in ("invalid", "error") for row in rows if not row["source"])
+    assert [row["status"] for row in rows if row["source"]] == ["unattacked"] * 3

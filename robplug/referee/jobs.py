@@ -118,11 +118,11 @@ class _Models:
     def __init__(self, plan: Plan, registry: Registry, where: str, device: str) -> None:
         self._entries = {entry.name: entry for entry in plan.all_targets()}
         self._registry, self._where, self._device = registry, where, device
-        self._made: dict[tuple[str, str], Model] = {}
+        self._made: dict[tuple[str, int], Model] = {}
 
     def of(self, entry: TargetEntry, dataset: Dataset) -> Model:
         """Returns the model of a target, and before it makes those that it is made of."""
-        place = (entry.name, dataset.name)
+        place = (entry.name, id(dataset))  # two data sets may have one name
         if place not in self._made:
             members = [self.of(self._entries[name], dataset) for name in entry.of or ()]
             self._made[place] = make_model(entry, dataset, self._registry, self._where, self._device, members)

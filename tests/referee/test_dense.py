@@ -90,3 +90,9 @@ def test_labels_that_a_detector_gives_are_labels_that_a_task_takes() -> None:
     labels = Detection(4).labels(answer)
     Detection(4).check(labels, torch.zeros(1, 3, 16, 16))
     assert labels[..., 4].tolist() == [[-1, 2, -1]]
+
+
+def test_a_second_data_set_of_the_same_name_has_to_fit_the_model_too(tmp_path: Path) -> None:
+    data = [{"name": "shapes", "params": {"samples": 2, "size": 32, "classes": classes}} for classes in (4, 7)]
+    with pytest.raises(PlanError, match="has 4 classes"):
+        robplug.evaluate({**PLAN, "targets": [{"name": "robplug/fcn-small"}], "datasets": data}, out=tmp_path)

@@ -86,6 +86,7 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
         if place not in identities:
             identities[place] = identify(cell, model, dataset, registry)
         identity = identities[place]
+        _check_goals(cell, model.target, where)
         if not sources:
             _check_offers(cell, model.target, where)
         if cell.permuted and dataset.x.dim() < 4:
@@ -140,13 +141,16 @@ def _check_distinct(jobs: list[Job], where: str) -> None:
             raise PlanError(where, problem)
 
 
+def _check_goals(cell: Cell, target: Target, where: str) -> None:
+    if cell.threat.targeted and target.task != "classification":
+        problem = f"a targeted threat, and {cell.target.name} is for {target.task}"
+        raise PlanError(f"{where}: {cell.label}", f"{problem}; drop targeted, attacks of that task choose their goals")
+
+
 def _check_offers(cell: Cell, target: Target, where: str) -> None:
     if target.task not in cell.spec.tasks:
         problem = f"{cell.spec.name} serves {', '.join(cell.spec.tasks)}, and {cell.target.name} is for {target.task}"
         raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack on that task")
-    if cell.threat.targeted and target.task != "classification":
-        problem = f"a targeted threat, and {cell.target.name} is for {target.task}"
-        raise PlanError(f"{where}: {cell.label}", f"{problem}; drop targeted, attacks of that task choose their goals")
     if OFFERS.index(target.offers) < OFFERS.index(cell.spec.needs):
         problem = f"{cell.spec.name} needs {cell.spec.needs}, and {cell.target.name} offers {target.offers}"
         raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack that needs no more")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import robplug
+from robplug.data import Dataset
 from robplug.errors import PlanError
 from robplug.referee.precision import _rows, mean_average_precision
 from robplug.tasks import Detection
@@ -96,3 +97,27 @@ def test_a_second_data_set_of_the_same_name_has_to_fit_the_model_too(tmp_path: P
     data = [{"name": "shapes", "params": {"samples": 2, "size": 32, "classes": classes}} for classes in (4, 7)]
     with pytest.raises(PlanError, match="has 4 classes"):
         robplug.evaluate({**PLAN, "targets": [{"name": "robplug/fcn-small"}], "datasets": data}, out=tmp_path)
+
+
+def test_a_victim_of_another_task_has_no_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = shapes.shapes
+    monkeypatch.setattr(shapes, "shapes", lambda **params: _with_classes(plain(**params)))
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("from torch import nn\n\nnet = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))\n")
+    plan = {
+        **PLAN,
+        "targets": [
+            {"name": "one", "make": "net.py:net", "task": "classification"},
+            {"name": "many", "make": "robplug/fcn-small"},
+        ],
+        "datasets": [{"name": "shapes", "params": {"samples": 3, "size": 32}}],
+        "threats": [{"norm": "linf", "eps": 0.01, "targeted": True}],
+        "transfer": [{"sources": ["one"], "victims": ["many"]}],
+    }
+    with pytest.raises(PlanError, match="many is for segmentation"):
+        robplug.evaluate(plan, out=tmp_path / "run")
+
+
+def _with_classes(data: Dataset) -> Dataset:
+    y = data.y.flatten(1).amax(1)
+    return replace(data, task="classification", y=y, others={"segmentation": data.y})

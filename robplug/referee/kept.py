@@ -34,8 +34,9 @@ def keep_samples(keep: str, index: int, batch: Batch, found: Verdicts, outcome: 
     if keep == "none" or (keep == "examples" and index > 0):
         return
     x_adv = getattr(outcome.perturbed, "x_adv", None)
-    fits = isinstance(x_adv, Tensor) and has_values(x_adv) and x_adv.shape == batch.x[batch.attacked].shape
-    fits = fits and x_adv.dtype == batch.x.dtype and not outcome.error  # what was not judged here is nowhere else
+    clean = batch.x[batch.attacked]
+    fits = isinstance(x_adv, Tensor) and has_values(x_adv) and (x_adv.shape, x_adv.dtype) == (clean.shape, clean.dtype)
+    fits = fits and not outcome.error  # what was not judged here is judged nowhere else
     place = {batch.ids[i]: k for k, i in enumerate(batch.attacked.nonzero().flatten().tolist())} if fits else {}
     if keep == "all":
         store.write_tensors("adversarials", index, _tensors(batch, outcome, place, list(place)))

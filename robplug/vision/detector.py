@@ -70,8 +70,8 @@ class AnchorDetector(nn.Module):
     def detections(self, x: Tensor) -> Tensor:
         """Returns (N, 100, 6) rows x1, y1, x2, y2, score, label, the best first, filled up with rows of label -1.
 
-        Of each class the 200 best boxes with a score of 0.05 or more go through non-maximum suppression at 0.5. All rows
-        of an image are nan where the network gives nan: silence would pass for an empty image.
+        Of each class the 200 best boxes with a score of 0.05 or more go through non-maximum suppression at 0.5. All
+        rows of an image are nan where the network gives nan: silence would pass for an empty image.
         """
         logits, offsets = self(x)
         scores, order = logits.softmax(2)[..., 1:].transpose(1, 2).topk(min(CANDIDATES, logits.shape[1]))

@@ -3,9 +3,9 @@
     ROBPLUG_DATA=FOLDER python benchmarks/papers/nsloss.py small
     ROBPLUG_DATA=FOLDER python benchmarks/papers/nsloss.py paper
 
-FOLDER has MNIST. What is finished is not done again: trials of the tunings, trained weights, and the cells of the plans.
-The strengths of the combined penalty stand in its recipe; they are those that the tunings of each chose (small), or
-table I's (paper).
+FOLDER has MNIST. What is finished is not done again: trials of the tunings, trained weights, and the cells of the
+plans. The strengths of the combined penalty stand in its recipe; they are those that the tunings of each chose (small),
+or table I's (paper).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from robplug.data import Dataset
 from robplug.referee.plan import read_toml
 from robplug.referee.results import Results
 from robplug.zoo import KerasMnistCNN
-from robplug_nsloss import LayerSensitivity, layer_sensitivity
+from robplug_nsloss import layer_sensitivity
+from robplug_nsloss.sensitivity import LayerSensitivity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from schema import Result, Row, surroundings, write
@@ -150,10 +151,8 @@ def main() -> None:
     options = parser.parse_args()
     plans = PLANS[options.size]
     folders = {name: train(HERE / f"{plans[0]}-train-{name}.toml", tune) for name, tune in TRAININGS.items()}
-    names = dict(
-        zip((target["name"] for target in read_toml(HERE / f"{plans[0]}.toml")["targets"]), folders, strict=True)
-    )
-    networks = {name: folders[folder] for name, folder in names.items()} | trials(folders["nsloss"])
+    targets = [target["name"] for target in read_toml(HERE / f"{plans[0]}.toml")["targets"]]
+    networks = dict(zip(targets, folders.values(), strict=True)) | trials(folders["nsloss"])
     data = robplug.dataset("mnist", split="test")
     measured = [measure(name, folder, data) for name, folder in networks.items()]
     tunings = {name: json.loads((folders[name] / "tune.json").read_text())["trace"] for name in ("jacobian", "nsloss")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import time
 from pathlib import Path
 
 from robplug.referee.store import explained
@@ -53,6 +54,10 @@ class Heartbeat:
         """Notes the number of forward calls so far."""
         assert self._map is not None  # begin comes first
         _FORM.pack_into(self._map, 0, self._starts, self._last, calls)
+
+    def survived(self) -> None:
+        """The attack has come back: a death from now on is not its doing, and never like another one."""
+        self.beat(time.time_ns())
 
     def end(self) -> None:
         """The chunk is stored: the file goes."""

@@ -169,6 +169,7 @@ def _run_chunk(job: Job, index: int, samples: range, answer: Tensor, plan: Plan,
         batch, outcome = found_elsewhere(batch, kept, target.bounds, order)
     else:
         outcome = _attack(job, batch, threat, heartbeat)
+    heartbeat.survived()
     found = _judge(job, batch, threat, outcome, plan.batch_size)
     store.write_rows(index, found.rows)
     if outcome.trace:

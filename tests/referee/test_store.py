@@ -123,6 +123,15 @@ def test_a_finished_chunk_leaves_no_heartbeat(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_deaths_after_the_attack_are_never_alike(tmp_path: Path) -> None:
+    path = tmp_path / "started-00000"
+    for _ in range(4):
+        heart = Heartbeat(path)
+        assert heart.begin()
+        heart.beat(7)
+        heart.survived()
+
+
 def test_the_heartbeat_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "started-00000"
     code = (

@@ -37,7 +37,10 @@ from schema import Result, Row, surroundings, write
 
 HERE = Path(__file__).parent
 ROBPLUG = Path(sys.executable).with_name("robplug")
-PLANS = {"small": ("nsloss-small", "nsloss-small-targeted"), "paper": ("nsloss", "nsloss-targeted")}
+PLANS = {
+    "small": ("nsloss-small", "nsloss-small-targeted", "nsloss-small-probes"),
+    "paper": ("nsloss", "nsloss-targeted"),
+}
 TRAININGS = {"base": None, "jacobian": "jacobian.strength", "nsloss": "nsloss.strength", "combined": None}
 """What each training tunes first."""
 RADIUS, DRAWS = 1.0, 5
@@ -122,10 +125,10 @@ def evaluate(plan: str) -> list[str]:
     subprocess.run([ROBPLUG, "run", path], check=True)
     results = Results(read_toml(path)["out"])
     results.export()
-    for table in ("summary", "transfer"):
-        name = plan if table == "summary" else f"{plan}-{table}"
-        shutil.copy(results.path / f"{table}.csv", HERE / "results" / f"{name}.csv")
-    return list(verdicts(results))
+    shutil.copy(results.path / "summary.csv", HERE / "results" / f"{plan}.csv")
+    if results.summary().matrices:
+        shutil.copy(results.path / "transfer.csv", HERE / "results" / f"{plan}-transfer.csv")
+    return [f"{plan}: {line}" for line in verdicts(results)]
 
 
 def verdicts(results: Results) -> Iterator[str]:

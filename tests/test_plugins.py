@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -465,6 +466,23 @@ def test_the_guides_defence_keeps_the_rules(site):
     make, params = "guide_decay_module:Decay", {"strength": 1e-4}
 
     assert _broken_rules(DefenseSpec(name="a/b", make=make, params=params, pieces=("penalty",))) == []
+
+
+def test_the_guides_attack_without_a_loop_keeps_the_rules(site):
+    site("guide-search", _block("python", "class Search"))
+    spec = AttackSpec(
+        name="a/b", make="guide_search_module:Search", params={"draws": 50}, needs="scores", stochastic=True
+    )
+
+    assert [result for result in _broken_rules(spec) if result.status == "failed"] == []
+
+
+def test_the_guide_lists_the_fields_of_an_attack_with_their_defaults():
+    table = GUIDE.partition("| field | default | |")[2].partition("\n\n")[0]
+    shown = {name: ast.literal_eval(value) for name, value in re.findall(r"^\| `(\w+)` \| `(.+?)` \|", table, re.M)}
+
+    spec = AttackSpec(name="a/b", make="c:d")
+    assert shown == {name: value for name, value in vars(spec).items() if name not in ("name", "make")}
 
 
 def test_the_plugin_of_a_target_is_a_part_of_what_the_model_is(site):

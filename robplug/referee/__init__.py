@@ -1,5 +1,4 @@
-"""The referee; read in this order.
+"""The referee: plans become cells, cells rows, and rows numbers.
 
-What is asked for: plan, cells, load, jobs, outlook. Running it: run, guard, verify, heartbeat, store, records.
-What came out, from the files alone: rundir, entries, wilson, worst, summary, results, table, report.
+docs/architecture.md says which file does what, and in which order to read them.
 """

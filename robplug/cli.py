@@ -196,7 +196,7 @@ def train(
         float | None, typer.Option(help="with --tune: how much clean accuracy may fall, as a share; 0.01 without")
     ] = None,
 ) -> None:
-    """Train a model with a stack of defences; the same command again goes on where it stopped.
+    """Train a model with a stack of defences; the same command again goes on where it stopped, or says "finished".
 
     --tune fgr.strength looks for the largest strength of the plan's defence flow/fgr that does not hurt, then trains
     with it. Trials of one epoch begin at ln(classes) / R, R the mean penalty; one is too high if cross-entropy reaches
@@ -207,10 +207,11 @@ def train(
     if tolerance is not None and tune is None:
         raise typer.BadParameter("--tolerance belongs to --tune, which is not given")
     try:
-        run_train_plan(plan, tune=tune, tolerance=tolerance)
+        weights = run_train_plan(plan, tune=tune, tolerance=tolerance)
     except KeyboardInterrupt:
         err.print(f"stopped; what is finished is stored. To go on:\n  {_command()}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
+    out.print(f"weights: {weights}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robplug import checkpoint
+from robplug import checkpoint, training_record
 from robplug.checkpoint import Checkpoint
 from robplug.data import Dataset
 from robplug.defenses import Defense, Losses, Stack
 from robplug.errors import InputError, StoreError
 from robplug.interrupt import deferred_interrupt
 from robplug.isolation import cpu_threads, seeded_globals
-from robplug.referee.store import explained, write_json
+from robplug.referee.store import explained
 from robplug.rng import Rng
 from robplug.step import Step
 from robplug.targets import evaluation_mode
 from robplug.training_plan import Options, read_options
-from robplug.training_progress import Progress
+from robplug.training_progress import Progress, say_finished
 from robplug.training_setup import (
     check_data,
     check_task,
@@ -32,11 +32,8 @@ from robplug.training_setup import (
     make_optimizer,
     split_rows,
     sub_seed,
-    versions,
 )
 
-WEIGHTS = "weights.safetensors"
-RECORD = "train.json"
 FINITE = "a finite loss"
 """What the error of a training that diverges says was expected."""
 
@@ -64,8 +61,9 @@ def fit(
         dataset: the training data.
         defenses: names of ``robplug list defenses``, defences, or both.
         out: folder for ``weights.safetensors`` and ``train.json``, and for a checkpoint after each epoch and at Ctrl-C,
-            which is removed at the end.
-        resume: go on from the checkpoint in ``out``, if there is one.
+            which is removed at the end. What an earlier training has left there is replaced, unless ``resume``.
+        resume: go on from the checkpoint in ``out``, if there is one; where this very training was finished there,
+            nothing is trained, and the model gets its weights.
         progress: print a line for each epoch.
         origin: where the training comes from, such as the digest of the first weights; values that JSON has. Recorded,
             and compared at a resume.
@@ -76,7 +74,7 @@ def fit(
 
     Raises:
         InputError: options, data or defences that do not fit.
-        StoreError: ``out`` cannot be used, or its checkpoint is of another training.
+        StoreError: ``out`` cannot be used; or, at a resume, what it has is of another training.
         KeyboardInterrupt: Ctrl-C, after the step that was being made; the checkpoint is written.
     """
     settings, stack = read_options(options), Stack(defenses)
@@ -86,15 +84,18 @@ def fit(
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with cpu_threads(settings.threads):
         training = _Training(model, dataset, stack, settings, folder, progress, origin or {})
+        left = None
         try:
-            if folder is not None and resume:
-                training.resume(folder)
-            training.run()
+            if folder is not None and resume and not training.resume(folder):
+                left = training_record.load(folder, training.identity())
+            if left is None:
+                training.run()
         finally:
             trained = stack.finish().to(home).eval()
+    if folder is not None and left is not None:
+        return _with_weights(trained, left, folder, progress)
     if folder is not None:
-        checkpoint.save_tensors(folder / WEIGHTS, trained.state_dict())
-        write_json(folder / RECORD, {**training.identity(), "history": training.history, **versions()})
+        training_record.save(folder, trained.state_dict(), training.identity(), training.history)
         checkpoint.clear(folder)
     return trained
 
@@ -238,11 +239,11 @@ class _Training:
         record = {"training": self.identity(), "sums": self.sums, "history": self.history}
         Checkpoint(self.step, tensors, self.optimizer.state_dict(), record).save(self.folder)
 
-    def resume(self, folder: Path) -> None:
-        """Goes on from the checkpoint of a folder, if there is one."""
+    def resume(self, folder: Path) -> bool:
+        """Goes on from the checkpoint of a folder; returns whether there is one."""
         found = checkpoint.load(folder)
         if found is None:
-            return
+            return False
         other = differences(self.identity(), found.record["training"])
         if other:
             remedy = f"train that one to its end, or remove {checkpoint.FILES} to start over"
@@ -251,6 +252,7 @@ class _Training:
         self.best = {name[5:]: tensor for name, tensor in found.tensors.items() if name.startswith("best:")}
         self.optimizer.load_state_dict(dict(found.optimizer))
         self.step, self.sums, self.history = found.step, found.record["sums"], found.record["history"]
+        return True
 
     def identity(self) -> dict[str, Any]:
         """Returns what makes this training another than others."""
@@ -261,6 +263,18 @@ def _make_folder(folder: Path) -> Path:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _with_weights(trained: nn.Module, state: Mapping[str, Tensor], folder: Path, progress: bool) -> nn.Module:
+    """Returns a finished training's model with the weights that it has left."""
+    try:
+        trained.load_state_dict(state)
+    except RuntimeError as error:
+        remedy = f"choose another out, or remove {training_record.RECORD} to train anew"
+        raise StoreError(folder / training_record.WEIGHTS, f"are weights of another model; {remedy}") from error
+    if progress:
+        say_finished()
+    return trained
 
 
 def _values(losses: Losses) -> dict[str, float]:

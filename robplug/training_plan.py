@@ -133,6 +133,8 @@ def run_train_plan(
 ) -> Path:
     """Trains what a plan describes; goes on from the checkpoint that an interrupted run has left.
 
+    Where the same training was finished in the plan's ``out`` before, nothing is trained.
+
     Args:
         path: a TOML file.
         progress: print a line for each epoch.
@@ -145,13 +147,15 @@ def run_train_plan(
     Raises:
         PlanError: the plan cannot be run; nothing has been trained then.
         InputError: what is to be tuned does not exist, or cannot be.
+        StoreError: the plan's ``out`` has another training, finished or not.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
     from robplug.isolation import seeded_globals
     from robplug.plugins import registry
     from robplug.referee.digests import state_digest
     from robplug.referee.load import make_dataset, make_target
-    from robplug.training import WEIGHTS, fit
+    from robplug.training import fit
+    from robplug.training_record import WEIGHTS
     from robplug.training_setup import sub_seed
     from robplug.tuning import TOLERANCE, choose
     from robplug.tuning_field import find_defense, with_value

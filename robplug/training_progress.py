@@ -42,6 +42,11 @@ class Progress:
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
 
+def say_finished() -> None:
+    """Prints that nothing is left to be trained."""
+    Console(stderr=True).print("finished already: nothing is trained")
+
+
 def _show(name: str, value: float) -> str:
     text = f"{100 * value:5.1f} %" if name in ("accuracy", "held_out") else f"{value:.4f}"
     return f"{name.replace('_', ' ')} {text}"

@@ -23,8 +23,9 @@ from robplug.referee.store import explained, write_json
 from robplug.rng import Rng
 from robplug.step import Step, passing, untouched_buffers
 from robplug.targets import evaluation_mode
-from robplug.training import FINITE, RECORD, fit
+from robplug.training import FINITE, fit
 from robplug.training_plan import Options, read_options
+from robplug.training_record import RECORD
 from robplug.training_setup import (
     check_data,
     check_task,

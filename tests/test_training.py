@@ -199,6 +199,17 @@ def test_weights_without_a_mark_are_no_checkpoint(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "train.json").read_text())["history"]) == 2
 
 
+def test_resume_returns_what_was_finished_and_without_it_out_is_replaced(tmp_path: Path) -> None:
+    first = state(fit(linear(), toy(), out=tmp_path, epochs=2))
+    blank = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    assert_same(state(fit(blank, toy(), out=tmp_path, resume=True, epochs=2)), first)
+    with pytest.raises(StoreError, match="weights of another model; choose another out"):
+        fit(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), toy(), out=tmp_path, resume=True, epochs=2)
+    other = state(fit(linear(), toy(), out=tmp_path, epochs=3))
+    assert_same(load_file(tmp_path / "weights.safetensors"), other)
+    assert not torch.equal(other["1.weight"], first["1.weight"])
+
+
 def test_patience_keeps_the_best_weights() -> None:
     scores, weights = iter([0.2, 0.6, 0.4, 0.5, 0.9]), []
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import robplug
 from robplug.augmentation import CropFlip
+from robplug.cli import main
 from robplug.defenses import NoDefense
-from robplug.errors import PlanError
+from robplug.errors import PlanError, StoreError
 from robplug.training import fit
 from robplug.training_plan import load_train_plan, run_train_plan
 from robplug.zoo import digits_cnn
@@ -58,6 +59,41 @@ def test_a_plan_trains_and_can_be_repeated(tmp_path: Path, capsys: pytest.Captur
     assert len(lines) == 2 and all(
         word in lines[0] for word in ("epoch   1/1", "loss", "accuracy", "samples/s", "left")
     )
+
+
+def test_a_finished_training_is_neither_repeated_nor_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = tmp_path / "plan.toml", tmp_path / "out"
+    text = PLAN.replace("OUT", str(out))
+    plan.write_text(text)
+
+    def train() -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", str(plan)])
+        return stopped.value.code, *capsys.readouterr()
+
+    code, said, _ = train()
+    assert code == 0 and said.splitlines()[-1] == f"weights: {out / 'weights.safetensors'}"
+    files = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    assert files.keys() == {"weights.safetensors", "train.json"}
+    code, again, note = train()
+    assert (code, again) == (0, said) and "finished already" in note and "epoch" not in note
+    plan.write_text(text.replace("epochs = 1", "epochs = 2"))
+    code, _, note = train()
+    assert code == 2 and "train.json: is of a finished training with epochs = 1 and not 2; choose another out" in note
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == files
+    record = json.loads((out / "train.json").read_text())
+    (out / "train.json").write_text(json.dumps({key: record[key] for key in record if key != "origin"}))
+    plan.write_text(text)
+    with pytest.raises(StoreError, match="finished training with origin = None and not"):
+        run_train_plan(plan)
+    (out / "train.json").write_text("{")
+    with pytest.raises(StoreError, match=r"damaged .*JSONDecodeError.*; choose another out, or remove train\.json"):
+        run_train_plan(plan)
+    (out / "train.json").unlink()
+    run_train_plan(plan)
+    assert (out / "weights.safetensors").read_bytes() == files["weights.safetensors"][0]
 
 
 def test_a_plan_may_name_a_model_of_ones_own(tmp_path: Path) -> None:

@@ -86,13 +86,21 @@ class Registry:
             **params: its parameters.
 
         Raises:
-            InputError: too few or too many targets, or a parameter that it does not have.
+            InputError: the name is of what turns other objects into targets; too few or too many targets, or a
+                parameter that it does not have.
         """
-        wanted = self.spec("target", name).of
-        if not {"none": len(of) == 0, "one": len(of) == 1, "several": len(of) > 0}[wanted]:
-            raise InputError(
-                f"{wanted} of other targets for {name}", f"{len(of)} of them", "see `of` in a plan's targets"
-            )
+        spec = self.spec("target", name)
+        if spec.accepts:
+            classes = " or ".join(accepted.rpartition(".")[2] for accepted in spec.accepts)
+            remedy = "name a network, or an object of your own: file.py:object (make= in a plan's target)"
+            raise InputError("a network", f"{name}, which turns an object of the class {classes} into a target", remedy)
+        fits, wanted = {
+            "none": (len(of) == 0, "no target"),
+            "one": (len(of) == 1, "exactly one target"),
+            "several": (len(of) > 0, "one or more targets"),
+        }[spec.of]
+        if not fits:
+            raise InputError(f"{wanted} in `of` for {name}", len(of))
         return self._build("target", name, params, *of)
 
     def target(self, model: Any, **options: Any) -> Target:

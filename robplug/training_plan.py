@@ -153,7 +153,7 @@ def run_train_plan(
     from robplug.isolation import seeded_globals
     from robplug.plugins import registry
     from robplug.referee.digests import state_digest
-    from robplug.referee.load import make_dataset, make_target
+    from robplug.referee.load import count_classes, make_dataset, make_target
     from robplug.training import fit
     from robplug.training_record import WEIGHTS
     from robplug.training_setup import sub_seed
@@ -164,7 +164,9 @@ def run_train_plan(
     dataset = make_dataset(plan.dataset, registry(), where)
     entry = TargetEntry(name=plan.model, params=plan.params, weights=plan.weights)
     with seeded_globals(sub_seed(plan.seed, "model")):
-        model = make_target(entry, dataset, registry(), where, "cpu").module
+        target = make_target(entry, dataset, registry(), where, "cpu")
+    count_classes(target, dataset, f"{where}: model {plan.model}")
+    model = target.module
     try:
         defenses = [registry().defense(entry.name, **entry.params) for entry in plan.defenses]
     except RobplugError as error:

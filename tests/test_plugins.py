@@ -286,6 +286,20 @@ def test_a_parameter_that_is_not_there_is_answered_with_a_near_one():
         check_params(Spec(name="a/b", make="c:d"), {"x": 1})
 
 
+def test_targets_that_are_made_of_others_or_of_objects_say_so():
+    targets = [spec for spec in Registry(load()).specs("target") if spec.accepts]
+    assert {"robplug/module", "robplug/list"} <= {spec.name for spec in targets}
+    for spec in targets:
+        with pytest.raises(
+            InputError, match=rf"a network, got {spec.name}, which turns an object of .*file\.py:object"
+        ):
+            Registry(load()).named_target(spec.name)
+    with pytest.raises(InputError, match=r"expected one or more targets in `of` for robplug/ensemble, got 0$"):
+        Registry(load()).named_target("robplug/ensemble")
+    with pytest.raises(InputError, match=r"expected no target in `of` for robplug/lenet, got 1$"):
+        Registry(load()).named_target("robplug/lenet", object())
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -157,6 +157,11 @@ def test_augmented_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
         (('name = "robplug/at"', 'name = "robplug/att"'), r"defenses: no defense named 'robplug/att'; did you mean"),
         (("steps = 1", "step = 1"), r"defenses: expected a parameter of robplug/at, got 'step'; did you mean steps\?"),
         (("robplug/digits-cnn", "robplug/digit-cnn"), r"no target named 'robplug/digit-cnn'; did you mean"),
+        (("robplug/digits-cnn", "robplug/module"), "got robplug/module, which turns an object of the class Module"),
+        (
+            ("robplug/digits-cnn", "robplug/resnet20"),
+            r"model robplug/resnet20: does not take samples of shape \(1, 8, 8\)",
+        ),
         (("[dataset]", "[dataset"), "is not valid TOML"),
         (("epochs", "targets"), "looks like a plan of attacks: robplug run runs it"),
     ],
@@ -169,6 +174,14 @@ def test_unfit_plans_are_refused(tmp_path: Path, change: tuple[str, str], says: 
     with pytest.raises(PlanError, match=says):
         run_train_plan(plan)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_too_few_classes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from torch import nn\nNET = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))\n")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.replace("robplug/digits-cnn", "mine.py:NET").replace("OUT", str(tmp_path / "out")))
+    with pytest.raises(PlanError, match=r"model mine\.py:NET: has 2 classes"):
+        run_train_plan(plan)
 
 
 def test_demo_plans_are_valid() -> None:

@@ -18,14 +18,13 @@ from robplug.norms import Norm
 from robplug.referee.cells import Cell, expand
 from robplug.referee.digests import identify, plugin_digest, source_digest, state_digest
 from robplug.referee.keys import Identity, cell_key
-from robplug.referee.load import Model, make_dataset, make_target
+from robplug.referee.load import Model, count_classes, make_dataset, make_target
 from robplug.referee.plan import Plan
 from robplug.referee.plan_tables import TargetEntry
 from robplug.referee.precision import check_computable
 from robplug.registry import Registry
 from robplug.rng import Rng
 from robplug.targets import OFFERS, Target, evaluation_mode
-from robplug.tasks import task_of
 from robplug.types import Attack
 
 
@@ -177,24 +176,9 @@ def make_model(
         target = make_target(entry, dataset, registry, where, device, [member.target for member in members])
     if target.bounds != dataset.bounds:
         raise PlanError(name, f"has bounds {target.bounds}, the data set {dataset.name} {dataset.bounds}")
-    try:
-        labels = dataset.labels(target.task)
-    except InputError as error:
-        raise PlanError(name, str(error)) from None
-    sample = dataset.x[:1].to(device=target.device, dtype=target.sample_dtype, copy=True)
-    try:
-        with torch.no_grad(), evaluation_mode(target.module), seeded_globals(0):
-            classes = replace(target, classes=None).count_classes(sample)
-            task_of(target).answer(target, sample)
-    except Exception as error:  # the user's own code may raise anything
-        problem = f"does not take samples of shape {tuple(dataset.x.shape[1:])} of {dataset.name}"
-        raise PlanError(name, f"{problem}: {type(error).__name__}: {error}") from error
-    try:
-        task_of(replace(target, classes=classes)).check(labels, dataset.x, f"labels of {dataset.name}")
-    except InputError as error:
-        raise PlanError(name, f"has {classes} classes: {error}") from None
+    classes = count_classes(target, dataset, name)
     if target.task == "detection":
-        check_computable(labels, name)
+        check_computable(dataset.labels(target.task), name)
     known = replace(target, classes=classes)
     parts = [source_digest(known.module, entry, where), plugin_digest(entry, registry)]
     parts += [member.source for member in members]

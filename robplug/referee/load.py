@@ -18,9 +18,11 @@ from torch import nn
 
 from robplug.data import Dataset
 from robplug.errors import InputError, PlanError, RobplugError
+from robplug.isolation import seeded_globals
 from robplug.referee.plan_tables import DatasetEntry, TargetEntry
 from robplug.registry import Registry
-from robplug.targets import Target
+from robplug.targets import Target, evaluation_mode
+from robplug.tasks import task_of
 from robplug.types import TargetSpec
 
 
@@ -102,6 +104,36 @@ def make_target(
         return registry.target(made, **options)
     except RobplugError as error:
         raise PlanError(f"{where}: target {entry.name}", str(error)) from error
+
+
+def count_classes(target: Target, dataset: Dataset, name: str) -> int:
+    """Tries a model on a sample of its data, and returns the number of its classes.
+
+    Args:
+        target: the model.
+        dataset: what it is to answer.
+        name: what errors call it.
+
+    Raises:
+        PlanError: it does not fit the data: another task, samples that it does not take, or too few classes.
+    """
+    try:
+        labels = dataset.labels(target.task)
+    except InputError as error:
+        raise PlanError(name, str(error)) from None
+    sample = dataset.x[:1].to(device=target.device, dtype=target.sample_dtype, copy=True)
+    try:
+        with torch.no_grad(), evaluation_mode(target.module), seeded_globals(0):
+            classes = replace(target, classes=None).count_classes(sample)
+            task_of(target).answer(target, sample)
+    except Exception as error:  # the user's own code may raise anything
+        problem = f"does not take samples of shape {tuple(dataset.x.shape[1:])} of {dataset.name}"
+        raise PlanError(name, f"{problem}: {type(error).__name__}: {error}") from error
+    try:
+        task_of(replace(target, classes=classes)).check(labels, dataset.x, f"labels of {dataset.name}")
+    except InputError as error:
+        raise PlanError(name, f"has {classes} classes: {error}") from None
+    return classes
 
 
 def _task(entry: TargetEntry, registry: Registry) -> str | None:

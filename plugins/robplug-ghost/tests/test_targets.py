@@ -83,6 +83,11 @@ def test_a_longitudinal_attack_is_one_with_a_ghost_for_each_step() -> None:
     torch.testing.assert_close(found, x)
 
 
+def test_a_ghost_is_made_of_one_target() -> None:
+    with pytest.raises(InputError, match=r"expected exactly one target in `of` for ghost/both, got 0$"):
+        registry().named_target("ghost/both")
+
+
 @pytest.mark.parametrize("name", ["ghost/skip-erosion", "ghost/dropout-erosion", "ghost/both"])
 def test_targets(name: str) -> None:
     plain = base()

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from robplug.training_setup import (
     sub_seed,
     versions,
 )
-from robplug.tuning_field import check_field, with_value
+from robplug.tuning_field import check_field, float_fields, is_proportional, with_value
 from robplug.tuning_search import next_value
 
 TRACE = "tune.json"
@@ -189,9 +189,10 @@ class _Tuning:
         """Returns a record without trials: R, and what the model is before them."""
         held = split_rows(len(self.dataset), self.options)[1]
         logits = _logits(copy.deepcopy(self.model), self.dataset.x[held], self.options)
-        one, two = self._penalties(1.0), self._penalties(2.0)
-        # of several terms the difference is the one that the factor is of; equal values are logged without it
-        batches = one if one == two else [b - a for a, b in zip(one, two, strict=True)]
+        batches = self._terms()
+        if batches is None:
+            others = ", ".join(name for name in float_fields(self.defenses[self.place]) if self._is_factor(name))
+            raise InputError(f"a factor that a penalty is proportional to ({others or 'there is none'})", self._name)
         mean = sum(batches) / len(batches)
         if not 0 < mean < math.inf:
             remedy = "begin with another model, or choose by hand"
@@ -209,6 +210,22 @@ class _Tuning:
             "bracket": None,
             "choice": None,
         }
+
+    def _terms(self) -> list[float] | None:
+        """Returns what the field multiplies, for some random batches; None if it is no factor."""
+        one, two = self._penalties(1.0), self._penalties(2.0)
+        if one == two:  # penalties may be logged without their factor
+            return one
+        rounding = 1e-4 if self.options.precision == "32-true" else 1e-2
+        if not is_proportional(one, self._penalties(1.5), two, rounding):
+            return None
+        return [b - a for a, b in zip(one, two, strict=True)]  # without the terms that the factor is not of
+
+    def _is_factor(self, field: str) -> bool:
+        try:
+            return replace(self, field=field)._terms() is not None
+        except ValueError:  # it does not take the values
+            return False
 
     def _penalties(self, value: float) -> list[float]:
         """Returns the penalty of a factor on some random batches, as training would log it."""

@@ -67,15 +67,39 @@ def check_field(defenses: Sequence[Defense], place: int, field: str) -> None:
         raise InputError("a defence with a penalty", f"{name}, which has none", "tune another one of the stack")
     if sum(type(other).__name__ == name for other in defenses) > 1:
         raise InputError(f"one {name} in the stack", "several", "tune with one of them, then add the others")
-    fields: Sequence[Any] = dataclasses.fields(defense) if dataclasses.is_dataclass(defense) else ()
-    known = [each.name for each in fields if _takes_float(each.type)]
+    known = float_fields(defense)
     if field in known:
         return
-    all_names = [each.name for each in fields]
+    all_names = [each.name for each in _fields(defense)]
     near = difflib.get_close_matches(field, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
     got = f"{field} = {getattr(defense, field)!r}" if field in all_names else repr(field)
     raise InputError(f"a field of {name} that is a float", got, hint)
+
+
+def float_fields(defense: Defense) -> list[str]:
+    """Returns the names of a defence's fields that take a float."""
+    return [each.name for each in _fields(defense) if _takes_float(each.type)]
+
+
+def is_proportional(first: Sequence[float], middle: Sequence[float], last: Sequence[float], rounding: float) -> bool:
+    """Whether a term of a penalty is proportional to a field, and the other terms do not depend on it.
+
+    Args:
+        first: the penalty of some batches at a value of the field.
+        middle: of the same batches and draws, half way between.
+        last: at another value.
+        rounding: how far the penalties may be off, as a share of them.
+    """
+    for a, b, c in zip(first, middle, last, strict=True):
+        slack = rounding * max(abs(a), abs(b), abs(c))
+        if abs(a + c - 2 * b) > slack or abs(c - a) <= slack:
+            return False
+    return True
+
+
+def _fields(defense: Defense) -> Sequence[Any]:
+    return dataclasses.fields(defense) if dataclasses.is_dataclass(defense) else ()
 
 
 def _takes_float(annotation: Any) -> bool:

@@ -364,6 +364,28 @@ def test_of_a_sum_only_the_term_of_the_factor_counts(tmp_path: Path) -> None:
     assert choose(Slope(), ones(), Pull(offset=7), out=tmp_path / "sum", lr=0.1, **ONE_STEP) == plain
 
 
+@pytest.mark.parametrize("field", ["power", "shape", "hardly"])
+def test_a_field_that_the_penalty_is_not_proportional_to_is_refused(tmp_path: Path, field: str) -> None:
+    @dataclass(frozen=True)
+    class Bent(Pull):
+        power: float = 0.5
+        shape: float = 1.0
+        hardly: float = 1.0
+        narrow: float = 0.5
+
+        def __post_init__(self) -> None:
+            if self.narrow >= 2:
+                raise InputError("narrow below 2", self.narrow)
+
+        def penalty(self, step: Step) -> Tensor:
+            bent = torch.rand(()) ** self.power + self.shape**0.5 + 1e-6 * self.hardly
+            return self.strength * (step.model.slope + bent)
+
+    with pytest.raises(InputError, match=rf"a factor that .* \(strength\), got Bent\.{field}$"):
+        choose(Slope(), ones(), Bent(), field=field, out=tmp_path, lr=0.1, **ONE_STEP)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tolerance_is_a_share(tmp_path: Path) -> None:
     for tolerance in (-0.1, 1.0, math.nan):
         with pytest.raises(InputError, match="a tolerance from 0 to below 1"):
@@ -433,11 +455,11 @@ def exit_code(*words: str) -> Any:
 def test_the_command_goes_on_after_ctrl_c_and_a_kill(
     tmp_path: Path, site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C and SIGKILL in the middle of trials: 20 batches for R, then 45 steps a trial."""
+    """Ctrl-C and SIGKILL in the middle of trials: 30 batches for R, then 45 steps a trial."""
     parts, whole = plan_for(tmp_path / "parts"), plan_for(tmp_path / "whole")
     tune = ("--tune", "decay.strength", "--tolerance", "0.05")
     monkeypatch.setattr(sys, "argv", ["robplug", "train", str(parts), *tune])
-    monkeypatch.setenv("STOP_AT", "77")
+    monkeypatch.setenv("STOP_AT", "87")
     monkeypatch.setenv("STOP_BY", str(int(signal.SIGINT)))
     assert exit_code("train", str(parts), *tune) == 130
     said = capsys.readouterr().err

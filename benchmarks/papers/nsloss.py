@@ -29,8 +29,7 @@ from robplug.data import Dataset
 from robplug.referee.plan import read_toml
 from robplug.referee.results import Results
 from robplug.zoo import KerasMnistCNN
-from robplug_nsloss import layer_sensitivity
-from robplug_nsloss.sensitivity import LayerSensitivity
+from robplug_nsloss import LayerSensitivity, layer_sensitivity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from schema import Result, Row, surroundings, write

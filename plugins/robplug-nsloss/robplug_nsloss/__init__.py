@@ -12,9 +12,10 @@ from robplug.lazy import exports
 if TYPE_CHECKING:
     from robplug_nsloss.jacobian import jacobian_penalty
     from robplug_nsloss.kernels.ops import accumulate_signs, mean_abs_difference, sphere_noise
-    from robplug_nsloss.sensitivity import layer_sensitivity, ns_loss
+    from robplug_nsloss.sensitivity import LayerSensitivity, layer_sensitivity, ns_loss
 
 __all__ = [
+    "LayerSensitivity",
     "accumulate_signs",
     "jacobian_penalty",
     "layer_sensitivity",
@@ -28,6 +29,6 @@ __getattr__, __dir__ = exports(
     {
         "jacobian": ["jacobian_penalty"],
         "kernels.ops": ["accumulate_signs", "mean_abs_difference", "sphere_noise"],
-        "sensitivity": ["layer_sensitivity", "ns_loss"],
+        "sensitivity": ["LayerSensitivity", "layer_sensitivity", "ns_loss"],
     },
 )

@@ -68,7 +68,9 @@ class MixtureBatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the derivative of this one
             by_x, by_weight, by_bias = reference.gradients(g, x, torch.stack(weights), out, ctx.sizes, ctx.eps)
             return by_x, None, None, None, None, None, *by_weight, *by_bias
-        outs = [None] * len(weights) if out is None else out.split(ctx.sizes)
-        groups = zip(g.split(ctx.sizes), x.split(ctx.sizes), outs, weights, mean, inverse, strict=True)
+        if out is not None:
+            g = torch.ops.aten.threshold_backward(g, out, 0)
+        masked = [None] * len(weights)  # g is
+        groups = zip(g.split(ctx.sizes), x.split(ctx.sizes), masked, weights, mean, inverse, strict=True)
         parts, weight_rows, bias_rows = zip(*(reference.group_backward(*group) for group in groups), strict=True)
         return torch.cat(parts), None, None, None, None, None, *weight_rows, *bias_rows

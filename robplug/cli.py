@@ -149,13 +149,14 @@ def run(
     for (label, status, note), count in errors.items():
         err.print(f"{count} rows of {label}: {status}: {note}", soft_wrap=True, highlight=False, markup=False)
     if errors:
-        err.print(f"tracebacks: {results.path / 'cells'}/*/traceback-*.txt", soft_wrap=True)
+        if any(results.path.glob("cells/*/traceback-*.txt")):
+            err.print(f"tracebacks: {results.path / 'cells'}/*/traceback-*.txt", soft_wrap=True)
         raise typer.Exit(1)
 
 
 def _no_answer(row: dict[str, Any]) -> bool:
     """Whether an attack failed on a sample, by raising or by returning what is no sample."""
-    no_sample = row["status"] == "invalid" and str(row["note"]).startswith(("returned", "is not finite"))
+    no_sample = row["status"] == "invalid" and str(row["note"]).startswith(("returned", "run returned", "is not finite"))
     return no_sample or bool(row["status"] == "error")
 
 

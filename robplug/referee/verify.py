@@ -136,12 +136,11 @@ def _judge(target: Target, norm: Norm, threat: ThreatModel, batch: Batch, outcom
     count = len(x)
     prediction = torch.full((count,), -1, dtype=torch.int64)
     distance = torch.full((count,), float("nan"), dtype=torch.float64)
-    x_adv = getattr(outcome.perturbed, "x_adv", None)
-    fault = _fault_of_batch(x_adv, x)
+    fault = _fault_of_batch(outcome.perturbed, x)
     if fault:
         return _Judged(prediction, distance, [fault] * count)
-    assert outcome.perturbed is not None and isinstance(x_adv, Tensor)  # _fault_of_batch has looked
-    x_adv = x_adv.detach().to(x.device)
+    assert outcome.perturbed is not None  # _fault_of_batch has looked
+    x_adv = outcome.perturbed.x_adv.detach().to(x.device)
     faults = _faults(x_adv, threat.bounds)
     finite = x_adv.flatten(1).isfinite().all(1)
     if not bool(finite.any()):
@@ -172,7 +171,10 @@ def has_values(tensor: Any) -> bool:
     return tensor.device.type != "meta" and not (tensor.is_quantized or tensor.is_complex())
 
 
-def _fault_of_batch(x_adv: Any, x: Tensor) -> str:
+def _fault_of_batch(returned: Any, x: Tensor) -> str:
+    if not hasattr(returned, "x_adv"):
+        return f"run returned a {type(returned).__name__}, expected a Perturbed"
+    x_adv = returned.x_adv
     if type(x_adv) not in PLAIN or x_adv.is_nested:
         kind = type(x_adv).__name__
         return f"returned {'a nested' if kind in ('Tensor', 'Parameter') else kind} instead of a plain tensor"

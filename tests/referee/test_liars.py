@@ -141,13 +141,14 @@ def test_nan_is_invalid_and_spoils_nobody_else(case: Case) -> None:
 @pytest.mark.parametrize(
     ("returned", "note"),
     [
-        (lambda x: None, "NoneType"),
+        (lambda x: None, "run returned a NoneType, expected a Perturbed"),
+        (lambda x: x, "run returned a Tensor, expected a Perturbed"),
         (lambda x: Perturbed(x.numpy()), "ndarray"),
         (lambda x: Perturbed(x[:-1]), "shape"),
         (lambda x: Perturbed(x.double()), "float64"),
         (lambda x: Perturbed((x * 255).byte()), "uint8"),
     ],
-    ids=["none", "numpy", "shape", "float64", "uint8"],
+    ids=["none", "tensor", "numpy", "shape", "float64", "uint8"],
 )
 def test_rubbish_is_invalid(case: Case, returned: Any, note: str) -> None:
     rows, _ = judge(case, lambda target, x, y: returned(x))

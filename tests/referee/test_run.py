@@ -160,6 +160,7 @@ def test_one_failing_attack_does_not_stop_the_rest(tmp_path: Path) -> None:
     notes = {row["note"] for cell in rows for row in cell if row["status"] == "error"}
     assert notes == {"RuntimeError: no gradients today"}
     assert "no gradients today" in next((tmp_path / "out").rglob("traceback-*")).read_text()
+    assert "tracebacks: " in done.stderr
 
 
 def test_a_chunk_that_kills_the_process_twice_becomes_an_error(tmp_path: Path) -> None:
@@ -179,8 +180,9 @@ def test_a_chunk_that_kills_the_process_twice_becomes_an_error(tmp_path: Path) -
         probes=0,  # they would be killed too
     )
     arguments = ("run", plan, "--out", tmp_path / "out", "--no-report")
-    codes = [command(*arguments).returncode for _ in range(3)]
-    assert codes == [-9, -9, 1]
+    runs = [command(*arguments) for _ in range(3)]
+    assert [run.returncode for run in runs] == [-9, -9, 1]
+    assert "killed twice" in runs[-1].stderr and "tracebacks" not in runs[-1].stderr  # there are none
     rows = stored(tmp_path / "out").values()
     assert {row["status"] for cell in rows for row in cell} >= {"error"}
     assert any("killed twice" in row["note"] for cell in rows for row in cell)

@@ -68,14 +68,15 @@ def list_(
     single = kind.removesuffix("s").replace("defence", "defense")
     if single not in KINDS:
         raise typer.BadParameter(f"expected {', '.join(k + 's' for k in KINDS)}, got {kind!r}")
-    columns = ("name", *(_ATTACK_COLUMNS if single == "attack" else ()), "summary")
+    columns = ("name", *_COLUMNS[single], "summary")
     room = single != "attack" or out.width >= 120
-    table = Table(*(columns if room else columns[:-1]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    wide = len(columns) if room else len(columns) - 2
+    table = Table(*columns[:wide], box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].no_wrap = True
     for spec in registry().specs(single):
-        more = (", ".join(spec.norms), spec.budget, spec.needs, spec.canonical or "") if single == "attack" else ()
+        more = [_text(getattr(spec, column)) for column in _COLUMNS[single]]
         if out.is_terminal:
-            table.add_row(spec.name, *more, *([spec.summary] if room else []))
+            table.add_row(*(spec.name, *more, spec.summary)[:wide])
         else:  # for grep and cut
             print("\t".join((spec.name, *more, spec.summary)))
     if out.is_terminal:
@@ -84,7 +85,17 @@ def list_(
         err.print(f"note: {note}")
 
 
-_ATTACK_COLUMNS = ("norms", "budget", "needs", "canonical")
+_COLUMNS = {
+    "attack": ("norms", "budget", "needs", "canonical", "tasks"),
+    "defense": ("tasks", "pieces"),
+    "target": ("task", "of"),
+    "dataset": ("task",),
+    "norm": ("unit",),
+}
+
+
+def _text(value: str | bool | tuple[str, ...] | None) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value or "")
 
 
 def _library_notes() -> list[str]:
@@ -104,9 +115,9 @@ def show(name: Annotated[str, typer.Argument(help="a name of `robplug list`")]) 
         registry().spec("attack", name)  # raises, with near matches
     for kind, spec in found:
         out.print(f"[bold]{spec.name}[/bold] ({kind})  {spec.summary}")
-        for label in ("source", "norms", "budget", "needs", "targeted", "stochastic", "canonical", "make"):
+        for label in ("source", *_COLUMNS[kind], "targeted", "stochastic", "make"):
             if value := getattr(spec, label, None):
-                out.print(f"  {label}: {', '.join(value) if isinstance(value, tuple) else value}", highlight=False)
+                out.print(f"  {label}: {_text(value)}", highlight=False)
         for key, value in spec.params.items():
             out.print(f"  {key} = {value!r}", highlight=False)
 
@@ -156,7 +167,9 @@ def run(
 
 def _no_answer(row: dict[str, Any]) -> bool:
     """Whether an attack failed on a sample, by raising or by returning what is no sample."""
-    no_sample = row["status"] == "invalid" and str(row["note"]).startswith(("returned", "run returned", "is not finite"))
+    no_sample = row["status"] == "invalid" and str(row["note"]).startswith(
+        ("returned", "run returned", "is not finite")
+    )
     return no_sample or bool(row["status"] == "error")
 
 

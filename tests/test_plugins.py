@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from robplug import hookspecs
+from robplug.cli import main
 from robplug.errors import InputError, RobplugError, UnknownNameError
 from robplug.plugins import Plugin, load, registry
 from robplug.referee.digests import plugin_digest
@@ -284,6 +285,26 @@ def test_a_parameter_that_is_not_there_is_answered_with_a_near_one():
         Registry(load()).attack("robplug/pgd", step=3)
     with pytest.raises(InputError, match="it has none"):
         check_params(Spec(name="a/b", make="c:d"), {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fields"),
+    [
+        ("robplug/pgd", "attacks", {"tasks": "classification, segmentation, detection"}),
+        ("robplug/at", "defenses", {"tasks": "classification", "pieces": "objective"}),
+        ("robplug/ensemble", "targets", {"task": "classification", "of": "several"}),
+        ("shapes-boxes", "datasets", {"task": "detection"}),
+        ("linf", "norms", {"unit": "units of the data"}),
+    ],
+)
+def test_what_a_spec_serves_is_shown_and_listed(capsys, name, kind, fields):
+    for words in (["show", name], ["list", kind]):
+        with pytest.raises(SystemExit):
+            main(words)
+    said = capsys.readouterr().out.splitlines()
+    (line,) = [line.split("\t") for line in said if line.startswith(f"{name}\t")]
+    for field, value in fields.items():
+        assert f"  {field}: {value}" in said and value in line
 
 
 def test_targets_that_are_made_of_others_or_of_objects_say_so():

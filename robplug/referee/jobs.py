@@ -87,7 +87,7 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
         identity = identities[place]
         _check_goals(cell, model.target, where)
         if not sources:
-            _check_offers(cell, model.target, where)
+            _check_offers(cell, model.target, registry, where)
         if cell.permuted and dataset.x.dim() < 4:
             problem = f"{dataset.name} has samples of shape {tuple(dataset.x.shape[1:])}, without rows and columns"
             raise PlanError(f"{where}: transfer.permuted", f"{problem}; leave it out")
@@ -146,10 +146,12 @@ def _check_goals(cell: Cell, target: Target, where: str) -> None:
         raise PlanError(f"{where}: {cell.label}", f"{problem}; drop targeted, attacks of that task choose their goals")
 
 
-def _check_offers(cell: Cell, target: Target, where: str) -> None:
+def _check_offers(cell: Cell, target: Target, registry: Registry, where: str) -> None:
     if target.task not in cell.spec.tasks:
+        able = [spec.name for spec in registry.specs("attack") if target.task in spec.tasks]
+        names = ", ".join(able[:5]) + (f" and {len(able) - 5} more" if len(able) > 5 else "")
         problem = f"{cell.spec.name} serves {', '.join(cell.spec.tasks)}, and {cell.target.name} is for {target.task}"
-        raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack on that task")
+        raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack on that task: {names}")
     if OFFERS.index(target.offers) < OFFERS.index(cell.spec.needs):
         problem = f"{cell.spec.name} needs {cell.spec.needs}, and {cell.target.name} offers {target.offers}"
         raise PlanError(f"{where}: {cell.label}", f"{problem}; use an attack that needs no more")

@@ -121,11 +121,12 @@ def load_train_plan(path: str | Path) -> TrainPlan:
         PlanError: the file is missing or no TOML, a key is unknown or missing, or a value does not fit.
     """
     content = read_toml(Path(path))
+    if "targets" in content and "model" not in content:
+        raise PlanError(str(path), "this looks like a plan of attacks: robplug run runs it")
     try:
         return TrainPlan.model_validate(content)
     except ValidationError as error:
-        other = "; this looks like a plan of attacks: robplug run runs it" if "targets" in content else ""
-        raise PlanError(str(path), problems(error, {"": TrainPlan, "dataset": TrainingData}) + other) from None
+        raise PlanError(str(path), problems(error, {"": TrainPlan, "dataset": TrainingData})) from None
 
 
 def run_train_plan(

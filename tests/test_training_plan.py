@@ -163,7 +163,14 @@ def test_augmented_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
             r"model robplug/resnet20: does not take samples of shape \(1, 8, 8\)",
         ),
         (("[dataset]", "[dataset"), "is not valid TOML"),
-        (("epochs", "targets"), "looks like a plan of attacks: robplug run runs it"),
+        (
+            ('model = "robplug/digits-cnn"', "targets = []"),
+            "toml: this looks like a plan of attacks: robplug run .*it$",
+        ),
+        (
+            ("epochs", 'weights = "robplug/digits-standard"\nepochs'),
+            r'a network; begin with it by model = "robplug/dig',
+        ),
     ],
 )
 def test_unfit_plans_are_refused(tmp_path: Path, change: tuple[str, str], says: str) -> None:

@@ -88,7 +88,7 @@ def make_target(
             if not isinstance(module, nn.Module):
                 raise InputError("an nn.Module to load weights into", type(module).__name__)
             module = copy.deepcopy(module)  # the file may give one object to several targets
-            load_weights(module, find_file(entry.weights, Path(where).parent))
+            load_weights(module, _find_weights(entry.weights, Path(where).parent, registry))
             made = replace(made, module=module) if isinstance(made, Target) else module
         if isinstance(module, nn.Module):
             module.to(device)
@@ -175,6 +175,17 @@ def find_file(path: str, folder: Path) -> Path:
     if found is None:
         raise InputError(f"a file {path} here or beside the plan", "none")
     return found
+
+
+def _find_weights(path: str, folder: Path, registry: Registry) -> Path:
+    """Returns the file of weights; the name of a network, which has its own, is not one."""
+    try:
+        return find_file(path, folder)
+    except InputError:
+        if path not in [spec.name for spec in registry.specs("target")]:
+            raise
+        remedy = f'begin with it by model = "{path}" in a training plan, make = "{path}" in a target'
+        raise InputError("a file of weights", f"{path}, a network", remedy) from None
 
 
 def _module(path: str, folder: Path) -> Any:

@@ -152,6 +152,8 @@ def load_plan(source: Mapping[str, Any] | str | Path) -> tuple[Plan, str]:
     """
     where = "plan" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else read_toml(Path(source))
+    if "model" in content and "targets" not in content:
+        raise PlanError(where, "this looks like a training plan: robplug train runs it")
     try:
         return Plan.model_validate(content), where
     except ValidationError as error:
@@ -162,8 +164,7 @@ def load_plan(source: Mapping[str, Any] | str | Path) -> tuple[Plan, str]:
             "threats": ThreatEntry,
             "transfer": TransferEntry,
         }
-        other = "; this looks like a training plan: robplug train runs it" if "model" in content else ""
-        raise PlanError(where, problems(error, tables) + other) from None
+        raise PlanError(where, problems(error, tables)) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

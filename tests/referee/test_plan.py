@@ -109,7 +109,7 @@ def test_harmonised_parameters_follow_the_bounds_of_the_data() -> None:
         ({"attacks": [{"name": "robplug/pgd", "mode": "fair"}]}, r"attacks\[0\].mode"),
         ({"attacks": [{"name": "pgdd"}]}, "did you mean pgd"),
         ({"attacks": [{"name": "pgd", "libraries": ["Foolbix"]}]}, "no attacks of 'Foolbix': .*did you mean foolbox"),
-        ({"model": "robplug/lenet"}, "model: unknown key.*looks like a training plan: robplug train runs it"),
+        ({"model": "robplug/lenet"}, "model: unknown key"),
         ({"attacks": [{"name": "pgd", "stepz": 1, "libraries": ["robplug"]}]}, "'stepz'"),
         ({"targets": [{"name": "a", "make": "m.py:a", "eot": 4}]}, "eot = 4 and draws = 1 need stochastic = true"),
         ({"attacks": [{"name": "robplug/pgd", "norms": ["linf", "l3"]}]}, "'l3' is no threat of the plan"),
@@ -120,6 +120,11 @@ def test_harmonised_parameters_follow_the_bounds_of_the_data() -> None:
 def test_a_wrong_plan_is_explained(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(PlanError, match=text):
         cells(**changes)
+
+
+def test_a_training_plan_is_told_in_one_clause() -> None:
+    with pytest.raises(PlanError, match=r"^plan: this looks like a training plan: robplug train runs it$"):
+        load_plan({"model": "robplug/lenet", "dataset": "digits", "epochs": 3, "out": "runs/x"})
 
 
 def test_files_are_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robplug.testing.kernels import check_refused
 from robplug_advprop import mixture_batch_norm
+from robplug_advprop.kernels import parts
 
 X = torch.rand(5, 3, 4, 2)
 ROWS = torch.rand(2, 3)
@@ -107,11 +108,13 @@ def test_what_is_called_on_the_cpu_is_the_operator_bit_for_bit(
         assert one.stride() == other.stride() and torch.equal(one, other)
 
 
+@pytest.mark.parametrize("few", [0, 10**9])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_short_or_scattered_channels_are_those_of_batch_norm_bit_for_bit(
-    relu: bool, layout: torch.memory_format
+    relu: bool, layout: torch.memory_format, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parts, "FEW", few)
     x = torch.randn(5, 3, 6, 7).contiguous(memory_format=layout)
     g = torch.randn(5, 3, 6, 7).contiguous(memory_format=layout)
 

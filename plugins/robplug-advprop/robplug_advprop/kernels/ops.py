@@ -66,8 +66,7 @@ def mixture_batch_norm(
         affine, running = (weight, bias), (running_mean, running_var)
         if parts.fits(x, sizes, eps, affine, running, shares):
             rows = [None if one is None else list(one) for one in running]
-            normal: Tensor = parts.MixtureBatchNorm.apply(x, list(sizes), eps, relu, shares, rows, *weight, *bias)
-            return normal
+            return parts.normalised(x, list(sizes), eps, relu, shares, rows, list(weight), list(bias))
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
     # on the CPU, calling an operator costs as much as normalising a small layer

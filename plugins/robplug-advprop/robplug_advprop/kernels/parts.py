@@ -1,8 +1,9 @@
-"""Mixture batch norm on the CPU as the library's batch norm of each group, in one node of the graph.
+"""Mixture batch norm on the CPU as the library's batch norm of each group.
 
 Where channels are short or not next to each other, statistics cost no more than the calls around them. So this does
-what splitting the batch does and no more: results are written to where they belong, and weights, biases and running
-statistics stay the separate rows that they are.
+what splitting the batch does and no more: in one node of the graph, where results are written to where they belong, and
+weights, biases and running statistics stay the separate rows that they are; for few values, where a node in Python
+costs more than that saves, by splitting.
 """
 
 from __future__ import annotations
@@ -12,15 +13,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from robplug_advprop.kernels import reference
+
+FEW = 2**21
+"""Values below which splitting is the faster way."""
+
+
+def normalised(
+    x: Tensor,
+    sizes: list[int],
+    eps: float,
+    relu: bool,
+    momentum: Sequence[float],
+    running: Sequence[Sequence[Tensor] | None],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+) -> Tensor:
+    """Returns the result; updates the running statistics."""
+    if x.numel() >= FEW:
+        out: Tensor = MixtureBatchNorm.apply(x, sizes, eps, relu, momentum, running, *weight, *bias)
+        return out
+    means, variances = (rows or [None] * len(sizes) for rows in running)
+    groups = zip(x.split(sizes), means, variances, weight, bias, momentum, strict=True)
+    whole = torch.cat([F.batch_norm(*group, True, share, eps) for *group, share in groups])
+    return whole.relu_() if relu else whole
 
 
 def fits(
     x: Tensor, sizes: Sequence[int], eps: float, affine: Sequence[Any], running: Sequence[Any], momentum: Sequence[Any]
 ) -> bool:
-    """Returns whether `MixtureBatchNorm` can do it, and is the faster way; anything wrong or rare is left to others."""
+    """Returns whether `normalised` can do it, and is the faster way; anything wrong or rare is left to others."""
     dtype = reference.accumulator(x)
     if not x.is_cpu or torch.compiler.is_compiling() or x.dtype != dtype or not reference.is_dense(x):
         return False

@@ -27,6 +27,8 @@ from kernel_case import Case, Function, Shape, benchmark, in_float64
 from schema import Row
 
 OURS, SPLIT, COMPILED = "robplug-advprop", "split, batch_norm, cat", "torch.compile of that"
+AGAIN = "split, again"
+"""The same once more: how far two equal things differ."""
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "cpu": ((8, 64, 56), (32, 64, 56), (8, 256, 56), (16, 512, 28), (32, 1024, 14), (8, 2048, 7), (32, 2048, 7)),
     "cuda": ((256, 64, 112), (256, 256, 56), (256, 512, 28), (256, 1024, 14), (64, 2048, 7), (256, 2048, 7)),
@@ -62,7 +64,7 @@ def case(shape: Shape, device: str, compiled: bool, layout: str, relu: bool) -> 
     exact = [in_float64(tensor).detach() for tensor in inputs]
     # no gradient comes in next to the kink of the ReLU, where rounding decides
     clear = tracking(split, False, exact[0])(*exact).abs() > 1e-4
-    functions = {OURS: ours, SPLIT: split} | ({COMPILED: torch.compile(split, dynamic=False)} if compiled else {})
+    functions = {OURS: ours, SPLIT: split, AGAIN: split} | ({COMPILED: torch.compile(split, dynamic=False)} if compiled else {})
     return Case(
         f"{count}x{channels}x{side}x{side} {layout}{' with ReLU' if relu else ''}",
         OURS,

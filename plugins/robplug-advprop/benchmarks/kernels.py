@@ -64,7 +64,9 @@ def case(shape: Shape, device: str, compiled: bool, layout: str, relu: bool) -> 
     exact = [in_float64(tensor).detach() for tensor in inputs]
     # no gradient comes in next to the kink of the ReLU, where rounding decides
     clear = tracking(split, False, exact[0])(*exact).abs() > 1e-4
-    functions = {OURS: ours, SPLIT: split, AGAIN: split} | ({COMPILED: torch.compile(split, dynamic=False)} if compiled else {})
+    functions = {OURS: ours, SPLIT: split, AGAIN: split} | (
+        {COMPILED: torch.compile(split, dynamic=False)} if compiled else {}
+    )
     return Case(
         f"{count}x{channels}x{side}x{side} {layout}{' with ReLU' if relu else ''}",
         OURS,

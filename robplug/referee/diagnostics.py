@@ -79,7 +79,8 @@ def _diagnose(run: Run, subject: Subject, cells: list[tuple[Attack, StoredCell]]
         except CannotCheckError as error:
             unchecked[check.name] = str(error)
     if not findings and not any(np.isin(cell.status, ("robust", "broken")).any() for _, cell in own):
-        unchecked = {check.name: "no attack gave a valid answer" for check in CHECKS}  # nothing is there to be believed
+        # nothing is there to be believed
+        unchecked = {check.name: unchecked.get(check.name, "no attack gave a valid answer") for check in CHECKS}
     checked = tuple(check.name for check in CHECKS if check.name not in unchecked)
     best = NO_FLAG if checked else NOT_CHECKED
     return Diagnosis(

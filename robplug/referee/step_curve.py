@@ -34,7 +34,8 @@ def draw(points: Sequence[StepPoint]) -> str:
         loss = axes.twinx()
         axes.patch.set_facecolor("none")  # one of two axes in a place is always painted
         loss.plot(steps, margins, color=QUIET, linewidth=1.1, linestyle=(0, (4, 2)))
-        loss.set_ylim(1.05 * min(*margins, -1e-9), 0.02 * max(-min(margins), 1e-9))
+        depth = max(-min(margins), 0.01)  # where all is broken, there is no margin to be drawn
+        loss.set_ylim(-1.05 * depth, 0.02 * depth)
         loss.tick_params(length=2.5, width=0.6, labelsize=9.5)
         loss.spines["right"].set_visible(True)
         loss.set_ylabel("median margin left", fontsize=9.5, labelpad=3)

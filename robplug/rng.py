@@ -118,6 +118,14 @@ class Rng:
         array = np.stack(draws) if draws else np.zeros((0, *shape), dtype=np.int64)
         return torch.from_numpy(array).to(device)
 
+    def rearranged(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns images (N, ..., H, W) with rows and columns in random order: one order of each an image."""
+        like = torch.empty((), dtype=torch.float64)
+        rows, columns = (self.uniform((side,), like=like).argsort(1).to(images.device) for side in images.shape[-2:])
+        flat = images.flatten(1, -3)
+        flat = flat.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
+        return flat.view(images.shape)
+
     def _draw(self, draw, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
         array = np.stack([draw(s) for s in self._streams]) if self.ids else np.zeros((0, *shape))
         return torch.from_numpy(array).to(device=like.device, dtype=like.dtype)

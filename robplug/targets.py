@@ -246,7 +246,7 @@ def from_module(
     if task not in get_args(Task):
         raise InputError(f"task to be one of {', '.join(get_args(Task))}", repr(task))
     missing = [name for name in DETECTOR_METHODS if not callable(getattr(model, name, None))]
-    missing += [name for name in ("nms_threshold",) if not hasattr(model, name)]
+    missing += [] if hasattr(model, "nms_threshold") else ["nms_threshold"]
     if task == "detection" and (missing or transform is not None):
         problem = "a transform" if transform is not None else f"a {type(model).__name__} without {', '.join(missing)}"
         raise InputError(

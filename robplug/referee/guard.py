@@ -236,15 +236,11 @@ def undisturbed(target: Target, seed: int) -> Iterator[list[str]]:
         for parameter in frozen:
             parameter.requires_grad_(False)
         before, numbers = ModuleState(target.module, strict=True), global_numbers()
-        threshold = getattr(target.module, "nms_threshold", None)
         try:
             target.reset(seed % (1 << 31))
             yield notes
         finally:
             notes += [f"changed {what}" for what in before.restore()]
-            if getattr(target.module, "nms_threshold", None) != threshold:
-                setattr(target.module, "nms_threshold", threshold)  # noqa: B010 (nn.Module declares tensors and modules)
-                notes.append("changed nms_threshold")
             if global_numbers() != numbers:
                 notes.append("used or reseeded the global random numbers")
             for parameter in frozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -112,19 +113,8 @@ def found_elsewhere(
     if len(found) == 1 and order is None:
         x_adv = found[0]["x_adv"].to(batch.x.dtype)
         return batch, Outcome(perturbed=Perturbed(x_adv, found[0].get("witness")))
-    change = sum(
-        (one["x_adv"].double() - one["x"].double() for one in found[1:]),
-        found[0]["x_adv"].double() - found[0]["x"].double(),
-    )
+    change = reduce(torch.add, (one["x_adv"].double() - one["x"].double() for one in found))
     if order is not None:
-        change = _in_random_order(change, order.select(attacked.cpu()))
+        change = order.select(attacked.cpu()).rearranged(change)
     x_adv = (batch.x[attacked].double() + change).clamp(*bounds).to(batch.x.dtype)
     return batch, Outcome(perturbed=Perturbed(x_adv))
-
-
-def _in_random_order(change: Tensor, rng: Rng) -> Tensor:
-    """Puts the rows and the columns of perturbations (N, ..., H, W) into random order, one order an image."""
-    rows, columns = (rng.uniform((side,), like=change).argsort(1) for side in change.shape[-2:])
-    flat = change.flatten(1, -3)
-    flat = flat.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
-    return flat.view(change.shape)

@@ -18,10 +18,10 @@ from robplug.errors import PlanError, RobplugError
 from robplug.referee.quality import attacked
 from robplug.referee.rundir import load_cell
 from robplug.referee.store import CellStore
+from robplug.tasks import PADDING
 
 NAMES = ("mAP 50", "mAP")
 """At an overlap of .5 (PASCAL VOC's), and the mean over .5 to .95 (COCO's)."""
-PADDING = -1
 
 
 def check_computable(y: Tensor, where: str) -> None:
@@ -56,14 +56,14 @@ def precision(path: Path, y: Tensor) -> list[dict[str, Any]]:
         y: (N, M, 5) boxes of all its samples.
     """
     cell = load_cell(path)
-    kept = [
-        CellStore(path).tensors("answers", int(chunk["index"]), ("sample", "clean", "adv"))
-        for chunk in cell.record["chunks"]
-    ]
-    place = {int(sample): (part, row) for part in kept for row, sample in enumerate(part["sample"].tolist())}
-    boxes = [_rows(y[int(sample)]) for sample in cell.sample]
-    before = [_rows(part["clean"][row]) for part, row in (place[int(sample)] for sample in cell.sample)]
-    after = [_rows(part["adv"][row]) for part, row in (place[int(sample)] for sample in cell.sample)]
+    answers: dict[int, tuple[Any, Any]] = {}
+    for chunk in cell.record["chunks"]:
+        kept = CellStore(path).tensors("answers", int(chunk["index"]), ("sample", "clean", "adv"))
+        rows = zip(kept["sample"].tolist(), kept["clean"], kept["adv"], strict=True)
+        answers.update({sample: (_rows(clean), _rows(adv)) for sample, clean, adv in rows})
+    samples = cell.sample.tolist()
+    boxes = [_rows(y[sample]) for sample in samples]
+    before, after = zip(*(answers[sample] for sample in samples), strict=True)
     clean = mean_average_precision(boxes, before)
     found = []
     for reading in cell.readings:

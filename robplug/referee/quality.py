@@ -37,7 +37,7 @@ def quality(cell: StoredCell, reading: Reading) -> Quality:
 
 def attacked(cell: StoredCell, reading: Reading) -> Array:
     """(N,) bool: samples that count with their answer under attack."""
-    answered = np.array(["adv" in {name.partition(".")[0] for name in row} for row in cell.scores], dtype=bool)
+    answered = np.array([any(name.startswith("adv.") for name in row) for row in cell.scores], dtype=bool)
     own = not cell.minimal and reading.eps == cell.record["threat"]["eps"]
     return answered if own else answered & (cell.distance <= reading.allowed)
 

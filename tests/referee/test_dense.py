@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import robplug
 from robplug.data import Dataset
 from robplug.errors import PlanError
+from robplug.norms import LINF
+from robplug.referee.guard import Assignment, run_guarded
 from robplug.referee.precision import _rows, mean_average_precision
+from robplug.rng import Rng
+from robplug.targets import Target
 from robplug.tasks import Detection
+from robplug.types import Perturbed, ThreatModel
 from robplug.vision import shapes
 from robplug.vision.detector import AnchorDetector
 from robplug.vision.nets import conv_block
@@ -121,3 +127,30 @@ def test_a_victim_of_another_task_has_no_goals(tmp_path: Path, monkeypatch: pyte
 def _with_classes(data: Dataset) -> Dataset:
     y = data.y.flatten(1).amax(1)
     return replace(data, task="classification", y=y, others={"segmentation": data.y})
+
+
+class Loosener:
+    """Sets the detector's threshold through the shell, and leaves it so."""
+
+    def run(self, target: Target, x: Tensor, *_: Any, **__: Any) -> Perturbed:
+        target.module.nms_threshold = 0.95  # type: ignore[assignment]
+        return Perturbed(x)
+
+
+def test_a_threshold_that_an_attack_leaves_changed_is_put_back_and_noted() -> None:
+    torch.manual_seed(0)
+    target = robplug.target(AnchorDetector(conv_block(3, 4, stride=4), 4, 4, (12,)), task="detection")
+    data = shapes.shapes_boxes(samples=1, size=32)
+    assignment = Assignment(
+        attack=Loosener(),
+        target=target,
+        norm=LINF,
+        threat=ThreatModel("linf", 0.01),
+        x=data.x,
+        y=data.y,
+        y_goal=None,
+        rng=Rng(0, [0]),
+    )
+    outcome = run_guarded(assignment)
+    assert not outcome.error and outcome.notes == ["changed attribute nms_threshold of the model"]
+    assert target.module.nms_threshold == 0.7

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from robplug.errors import InputError
@@ -46,6 +45,4 @@ def permuted(r: Tensor, rng: Rng) -> Tensor:
     """
     if r.dim() != 4 or len(r) != len(rng):
         raise InputError(f"perturbations ({len(rng)}, C, H, W), one for each stream", tuple(r.shape))
-    like = torch.empty((), dtype=torch.float64)
-    rows, columns = (rng.uniform((side,), like=like).argsort(1).to(r.device) for side in r.shape[2:])
-    return r.take_along_dim(rows[:, None, :, None], 2).take_along_dim(columns[:, None, None, :], 3)
+    return rng.rearranged(r)

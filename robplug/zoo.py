@@ -58,7 +58,7 @@ class KerasMnistCNN(nn.Module):
 
     Two 3x3 convolutions without padding, a 2x2 maximum and two linear layers, with dropout before each of these.
 
-    Source: https://keras.io/examples/mnist_cnn, which Fidel et al. 2020 (robplug-nsloss), section IV-A, use.
+    Source: https://keras.io/examples/mnist_cnn, which Fidel et al. 2020 (robplug-nsloss), section IV-B, use.
     Differs: logits for probabilities, PyTorch's initialisation for Glorot's, channels come first where it flattens.
     """
 

@@ -104,7 +104,7 @@ def gradients(evidence: Evidence) -> Iterator[Finding]:
 
 @check(
     "the cross-entropy saturates",
-    source="Carlini and Wagner 2017, section IV-A; Croce and Hein 2020, section 4; Tram\u00e8r et al. 2020, section 3",
+    source="Carlini and Wagner 2017; Croce and Hein 2020, section 4; Tram\u00e8r et al. 2020",
     remedy="add attacks on a loss of logits: apgd with the DLR loss, cw, deepfool",
 )
 def saturation(evidence: Evidence) -> Iterator[Finding]:

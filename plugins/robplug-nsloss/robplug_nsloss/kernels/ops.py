@@ -37,7 +37,7 @@ def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
         TypeError: x or noise is not of a floating dtype.
         ValueError: shapes, devices or radius do not fit, or noise requires a gradient.
 
-    Source: Fidel et al. 2020, section III-A, Algorithm 1 (perturbations of norm NsEps).
+    Source: Fidel et al. 2020, section III-B, Algorithm 1 (perturbations of norm NsEps).
     """
     out: Tensor = _call("sphere_noise", x, noise, float(radius))
     return out
@@ -60,7 +60,7 @@ def mean_abs_difference(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> Ten
         TypeError: a layer is not of a floating dtype.
         ValueError: there are no layers, a layer is empty, or shapes, dtypes or devices do not fit.
 
-    Source: Fidel et al. 2020, section III-A, Algorithm 1, whose weighting cancels.
+    Source: Fidel et al. 2020, section III-B, Algorithm 1, whose weighting cancels.
     """
     out: Tensor = _mean_abs_difference(list(clean), list(noisy))
     return out
@@ -94,7 +94,7 @@ def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Seq
         ValueError: there are no layers, one is empty, draw is not from 0 to 126, or shapes, dtypes or devices do not
             fit.
 
-    Source: Fidel et al. 2020, section III-A, Algorithm 1, whose weighting cancels.
+    Source: Fidel et al. 2020, section III-B, Algorithm 1, whose weighting cancels.
     """
     means, signs = _call(
         "accumulate_signs", *([layer.detach() for layer in some] for some in (clean, noisy, sums)), draw

@@ -127,8 +127,13 @@ def test_kernels_stand_alone() -> None:
     assert offenders(kernels, lambda name: under(name, *LIBRARIES)) == []
     ops = [path for path in kernels if path.name == "ops.py"]
     assert offenders(ops, lambda name: under(name, "robplug") and not under(name, "robplug.kernels")) == []
-    not_ops = [path for path in kernels if path.name != "ops.py"]
-    assert offenders(not_ops, lambda name: under(name, "robplug")) == []
+    native = [path for path in kernels if path.name.startswith("numba_")]
+    assert offenders(native, lambda name: under(name, "robplug") and not under(name, "robplug.cpu_kernels")) == []
+    others = [path for path in kernels if path not in (*ops, *native)]
+    assert offenders(others, lambda name: under(name, "robplug")) == []
+    not_native = [path for path in files("robplug/**/*.py", "plugins/*/robplug_*/**/*.py") if path not in native]
+    not_native.remove(ROOT / "robplug/cpu_kernels.py")
+    assert offenders(not_native, lambda name: under(name, "numba", "llvmlite", "robplug.cpu_kernels")) == []
     not_triton = [path for path in kernels if path.name != "triton_impl.py"] + files("robplug/**/*.py")
     assert offenders(not_triton, lambda name: under(name, "triton")) == []
     anything = files("robplug/**/*.py", "plugins/*/robplug_*/**/*.py")
@@ -195,7 +200,7 @@ def test_the_host_is_thin() -> None:
     """Lines of code, without docstrings, comments and blank lines; adapters, vision and conformance kit are apart."""
     apart = {"adapters", "testing", "vision"}
     total = sum(code_lines(path) for path in files("robplug/**/*.py") if not apart & set(path.parts))
-    assert total <= 8500
+    assert total <= 8600
 
 
 def code_lines(path: Path) -> int:

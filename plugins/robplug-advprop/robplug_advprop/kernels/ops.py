@@ -1,19 +1,22 @@
 """The kernels as PyTorch operators: schema, checks, shapes, devices and derivatives.
 
-The reference runs on every device but CUDA, where the Triton kernels do. Each check is one function that serves both
-the implementation and the fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
+On CUDA the Triton kernels run; on the CPU those of ``numba_impl`` in single precision, uncompiled; else the reference.
+Each check is one function that serves both the implementation and the fake one, so that eager mode and
+``torch.compile`` refuse the same arguments.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robplug.kernels import operator
-from robplug_advprop.kernels import checks, parts, reference
+from robplug_advprop.kernels import checks, reference
 
 Rows = Tensor | Sequence[Tensor]
 Momentum = float | Tensor
@@ -62,21 +65,42 @@ def mixture_batch_norm(
     checks.groups(x, sizes)
     shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
     shape, dtype = (len(sizes), x.shape[1]), reference.accumulator(x)
-    if x.is_cpu and weight is not None and bias is not None:
-        affine, running = (weight, bias), (running_mean, running_var)
-        if parts.fits(x, sizes, eps, affine, running, shares):
-            rows = [None if one is None else list(one) for one in running]
-            return parts.normalised(x, list(sizes), eps, relu, shares, rows, list(weight), list(bias))
+    if _is_native(x, len(sizes), eps, shares, (weight, bias, running_mean, running_var)):
+        affine = [
+            x.new_full(shape, value).unbind() if rows is None else rows for rows, value in ((weight, 1), (bias, 0))
+        ]
+        running = tuple(None if rows is None else list(rows) for rows in (running_mean, running_var))
+        out: Tensor = _Native.apply(x, list(sizes), eps, relu, [*map(float, shares)], running, *affine[0], *affine[1])
+        return out
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
     # on the CPU, calling an operator costs as much as normalising a small layer
     call = _Direct.apply if x.is_cpu and not torch.compiler.is_compiling() else _mixture
-    out: Tensor
     out, mean, var = call(x, scale, shift, list(sizes), eps, relu)
     for kept, batch in ((running_mean, mean), (running_var, var)):
         if kept is not None:
             _update(kept, batch, shares)
     return out
+
+
+def _is_native(x: Tensor, groups: int, eps: float, momentum: Sequence[Momentum], rows: Sequence[Rows | None]) -> bool:
+    """Returns whether the kernels for the CPU can do it; anything wrong is left to others to refuse."""
+    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not x.numel():
+        return False
+    if not reference.is_dense(x) or not 0 <= eps < math.inf or len(momentum) != groups:
+        return False
+    each = [row for some in rows if some is not None for row in some]
+    counts = all(some is None or len(some) == groups for some in rows)
+    return counts and all(
+        row.shape == x.shape[1:2] and row.dtype == x.dtype and row.is_cpu and row.is_contiguous() for row in each
+    )
+
+
+def _cpu_kernels() -> ModuleType:
+    """Returns the kernels for the CPU, whose compiler takes half a second to import."""
+    from robplug_advprop.kernels import numba_impl
+
+    return numba_impl
 
 
 def _stacked(rows: Rows) -> Tensor:
@@ -147,3 +171,41 @@ class _Direct(torch.autograd.Function):
 
     setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
+
+
+class _Native(torch.autograd.Function):
+    """Mixture batch norm by ``numba_impl``; updates the running statistics.
+
+    Weights and biases are the separate rows that they are, and there is no ``setup_context``, whose every call looks
+    the signature up: both would take as long as a small layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        sizes: list[int],
+        eps: float,
+        relu: bool,
+        momentum: Sequence[float],
+        running: Sequence[Sequence[Tensor] | None],
+        *affine: Tensor,
+    ) -> Tensor:
+        weight, bias = affine[: len(sizes)], affine[len(sizes) :]
+        out, mean, inverse = _cpu_kernels().mixture_batch_norm(x, sizes, eps, relu, momentum, running, weight, bias)
+        for row in (row for rows in running if rows is not None for row in rows):
+            torch.autograd.graph.increment_version(row)
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.save_for_backward(x, out if relu else None, mean, inverse, *weight)
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, mean, inverse, *weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the derivative of this one
+            found = reference.gradients(g, x, torch.stack(weight), out, ctx.sizes, ctx.eps)
+        else:
+            laid = torch.empty_like(x).copy_(g) if g.stride() != x.stride() else g
+            found = _cpu_kernels().mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, mean, inverse)
+        return found[0], None, None, None, None, None, *found[1], *found[2]

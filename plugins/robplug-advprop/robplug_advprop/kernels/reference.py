@@ -63,14 +63,9 @@ def mixture_batch_norm(
     # with momentum 1, running statistics are those of the batch; zeros, as what is there before counts 0 times
     mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
     saved = torch.empty_like(weight[0]), torch.empty_like(weight[0])
-    in_place, by_rows = is_dense(x), has_rows(x)
+    in_place = is_dense(x)
     for k, (group, result) in enumerate(zip(x.split(sizes), out.split(sizes), strict=True)):
-        biased = var[k]
-        if by_rows:
-            mean[k], biased = (moment.to(mean.dtype) for moment in _moments_of_rows(group))
-            count = group.numel() // group.shape[1]
-            torch.mul(biased, count / (count - 1), out=var[k])
-        arguments = (group, weight[k], bias[k], mean[k], biased, not by_rows, 1.0, eps)
+        arguments = (group, weight[k], bias[k], mean[k], var[k], True, 1.0, eps)
         if in_place:
             torch.native_batch_norm(*arguments, out=(result, *saved))
         else:
@@ -123,23 +118,6 @@ def _normal(group: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     centred = group - group.mean(dims, keepdim=True)
     inverse = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     return centred * inverse, inverse
-
-
-def has_rows(x: Tensor) -> bool:
-    """Returns whether channels of samples are rows of single or double precision, long enough to pay, on the CPU."""
-    return x.is_cpu and x.is_contiguous() and x.shape[2:].numel() >= 64 and x.dtype == accumulator(x)
-
-
-def _moments_of_rows(group: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and biased variance of each channel in float64, put together from those of its rows.
-
-    The library's group norm goes through a row in vectors, its batch norm value by value.
-    """
-    (count, channels), length = group.shape[:2], group.shape[2:].numel()
-    _, means, inverses = torch.native_group_norm(group, None, None, count, channels, length, channels, 0.0)
-    means, inverses = means.double(), inverses.double()
-    mean = means.mean(0)
-    return mean, (inverses.pow(-2) + (means - mean).square()).mean(0)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The kernels as PyTorch operators: schema, checks, shapes, devices and derivatives.
 
-The reference runs on every device but CUDA, where the Triton kernels do. One check serves the implementation and the
-fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
+On CUDA the Triton kernels run, elsewhere the reference; on the CPU, uncompiled, ``numba_impl`` draws the masks of
+dropout erosion, bit for bit the same. One check serves the implementation and the fake one, so that eager mode and
+``torch.compile`` refuse the same arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from robplug.kernels import operator
 from robplug_ghost.kernels import checks, reference
+
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that are computed with in single precision."""
 
 
 def erode_add(
@@ -91,6 +95,11 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
 
     Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (dropout erosion).
     """
+    if x.is_cpu and x.dtype in SINGLE and x.numel() and not torch.compiler.is_compiling():
+        from robplug_ghost.kernels import numba_impl  # its compiler takes half a second to import
+
+        checks.erode_dropout(x, seed, layer, keep)
+        return numba_impl.erode_dropout(x, seed, layer, keep)
     return _call("erode_dropout", x, seed, layer, float(keep))
 
 

@@ -28,7 +28,6 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 WORD = 0xFFFFFFFF
 CHUNK = 2**18  # counters at a time
-GRAIN = 2**15  # values from which on torch shares work among threads; with fewer, numpy takes half the time
 BITS = 24  # of a word that a float32 holds exactly
 TOGETHER, NARROW, REMEMBERED = 16, 256, 64  # layers of a table and channels that it has at least, and tables
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -57,7 +56,7 @@ def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def philox(seed: int, counter: Sequence[Any]) -> list[Any]:
     """Returns the four words of Philox4x32-10 for a counter's four words, each from 0 to 2**32 - 1.
 
-    Words are numbers, int64 arrays or int64 tensors that broadcast. They are not expanded before they must be: where a
+    Words are numbers or int64 tensors that broadcast. They are not expanded before they must be: where a
     counter is made of a row and a column, the first two of ten rounds cost next to nothing.
 
     Only what is multiplied is cut to 32 bits: masks distribute over exclusive or.
@@ -114,14 +113,11 @@ def kept(seed: int, layer: int, channels: int, positions: int, keep: float, devi
     """Returns (C, P) bool, true with the probability ``keep``."""
     blocks = -(-positions // 4)
     chosen = torch.empty(channels, blocks, 4, dtype=torch.bool, device=device)
-    column: Any = torch.arange(blocks, device=device)
+    column = torch.arange(blocks, device=device)
     share = max(1, CHUNK // max(1, blocks))
     for rows, out in zip(torch.arange(channels, device=device)[:, None].split(share), chosen.split(share), strict=True):
-        counter = column, rows, layer, DROPOUT
-        if rows.is_cpu and rows.shape[0] * blocks <= GRAIN:
-            counter = column.numpy(), rows.numpy(), layer, DROPOUT
-        for i, word in enumerate(philox(seed, counter)):
-            out[..., i] = torch.as_tensor(word < threshold(keep) << (32 - BITS))
+        for i, word in enumerate(philox(seed, (column, rows, layer, DROPOUT))):
+            out[..., i] = word < threshold(keep) << (32 - BITS)
     return chosen.flatten(1)[:, :positions]
 
 
@@ -142,7 +138,7 @@ def erode_add(shortcut: Tensor, residual: Tensor, seed: int, layer: int, skip: f
     """
     acc = accumulator(residual)
     total = torch.addcmul(residual.to(acc), shortcut.to(acc), _along(residual, seed, layer, skip))
-    return _laid_out(total.relu_() if relu else total, residual)
+    return laid_out(total.relu_() if relu else total, residual)
 
 
 def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +150,7 @@ def erode_add_backward(g: Tensor, out: Tensor, seed: int, layer: int, skip: floa
 
 def erode_scale(x: Tensor, seed: int, layer: int, skip: float) -> Tensor:
     """Returns w * x, with one w a channel; (N, C, ...). It is its own adjoint; autograd keeps the weights."""
-    return _laid_out(x.to(accumulator(x)) * _along(x, seed, layer, skip), x)
+    return laid_out(x.to(accumulator(x)) * _along(x, seed, layer, skip), x)
 
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
@@ -162,10 +158,10 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
 
     It is its own adjoint; autograd keeps the mask, which all samples share.
     """
-    return _laid_out(x.to(accumulator(x)) * _mask(x, seed, layer, keep), x)
+    return laid_out(x.to(accumulator(x)) * _mask(x, seed, layer, keep), x)
 
 
-def _laid_out(values: Tensor, x: Tensor) -> Tensor:
+def laid_out(values: Tensor, x: Tensor) -> Tensor:
     """Returns values in the dtype of x, channels last if x has them last, contiguous otherwise."""
     out = values.to(x.dtype)
     # the strides of axes of size 1 count as well: torch.compile has been promised those of `empty`

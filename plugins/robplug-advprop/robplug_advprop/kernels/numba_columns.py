@@ -1,0 +1,156 @@
+"""The forward pass where rows have the C channels; see ``numba_folds``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
+from robplug_advprop.kernels.numba_channel import FORWARD, FORWARD_STEP, SINGLE, settle_forward
+from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, segments_of, wide_row
+
+HEAD = 16  # rows whose mean is close enough to that of all to be subtracted before squaring
+
+
+def forward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
+    """Normalises; the words are those of ``numba_channel``, and more behind them."""
+    wide, segments = wide_row(channels), segments_of(x, groups)
+    sums = torch.empty(groups * segments * 2 * channels, dtype=torch.float64)
+    lines = torch.empty(2 * groups * wide)
+    everything = (groups, channels, *words, wide, sums, lines, segments)
+    _moments(x.numel(), *everything)
+    _settle_forward(x.numel(), *everything)
+    _lines(x.numel(), *everything)
+
+
+@kernel
+def _moments(words: Words) -> None:
+    groups, channels, length, x = words[0], words[1], words[2], words[3]
+    wide, sums = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 1]
+    segments = words[FORWARD + FORWARD_STEP * groups + 3]
+    first, last = portion(groups * segments)
+    for task in range(first, last):
+        group = FORWARD + FORWARD_STEP * (task // segments)
+        begin, end = segment(
+            task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments
+        )
+        here = float64s(sums + 8 * 2 * channels * task, 2 * channels)
+        _moments_of_rows(x, begin, end, wide, here[:channels], here[channels:])
+
+
+@numba.njit(fastmath=FAST)
+def _moments_of_rows(x: int, begin: int, end: int, wide: int, mean: Any, squares: Any) -> None:
+    """Writes the mean of each channel, and the sum of the squared deviations from it."""
+    channels, count = mean.size, end - begin
+    shift, total, square = np.zeros(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
+    fill(mean, 0)
+    fill(squares, 0)
+    head = min(HEAD, count)
+    for n in range(begin, begin + head):
+        row = float32s(x + SINGLE * n * channels, channels)
+        for j in range(channels):
+            shift[j] += row[j] / np.float32(head)
+    repeat(shift, channels, 0, channels)
+    n = begin
+    while n < end:
+        width, rows = block(n, end, channels, wide)
+        fill(total, 0)
+        fill(square, 0)
+        values = float32s(x + SINGLE * n * channels, rows * width)
+        _deviations(values, shift[:width], total[:width], square[:width])
+        for at in range(0, width, channels):
+            for j in range(channels):
+                mean[j] += total[at + j]
+                squares[j] += square[at + j]
+        n += rows * width // channels
+    for j in range(channels if count else 0):
+        squares[j] -= mean[j] * mean[j] / count
+        mean[j] = mean[j] / count + shift[j]
+
+
+@numba.njit(fastmath=FAST)
+def _deviations(x: Any, shift: Any, total: Any, square: Any) -> None:
+    """Adds the deviations from shift, and their squares; two rows at once, which halves what is loaded and stored."""
+    width = shift.size
+    rows = x.size // width
+    for n in range(0, rows - 1, 2):
+        first, second = x[n * width : (n + 1) * width], x[(n + 1) * width : (n + 2) * width]
+        for j in range(width):
+            a, b = first[j] - shift[j], second[j] - shift[j]
+            total[j] += a + b
+            square[j] += a * a + b * b
+    if rows % 2:
+        row = x[(rows - 1) * width :]
+        for j in range(width):
+            a = row[j] - shift[j]
+            total[j] += a
+            square[j] += a * a
+
+
+@kernel
+def _settle_forward(words: Words) -> None:
+    groups, channels, length = words[0], words[1], words[2]
+    behind = FORWARD + FORWARD_STEP * groups
+    wide, sums, lines, segments = words[behind], words[behind + 1], words[behind + 2], words[behind + 3]
+    first, last = portion(channels)
+    mean, squares = np.empty(last - first, np.float64), np.empty(last - first, np.float64)
+    for k in range(groups):
+        rows = words[FORWARD + FORWARD_STEP * k + 1] * length
+        here = float64s(sums + 8 * 2 * channels * segments * k, 2 * channels * segments)
+        _put_together(here, segments, channels, first, rows, wide // channels, mean, squares)
+        slope = float32s(lines + SINGLE * 2 * k * wide, wide)
+        offset = float32s(lines + SINGLE * (2 * k + 1) * wide, wide)
+        settle_forward(words, k, first, last, mean, squares, slope[first:last], offset[first:last])
+        repeat(slope, channels, first, last)
+        repeat(offset, channels, first, last)
+
+
+@numba.njit(fastmath=FAST)
+def _put_together(
+    sums: Any, segments: int, channels: int, first: int, rows: int, fold: int, mean: Any, squares: Any
+) -> None:
+    """Writes mean and sum of the squared deviations from it for some channels, given those of the segments."""
+    fill(mean, 0)
+    fill(squares, 0)
+    for part in range(segments):
+        begin, end = segment(part, 0, rows, fold, segments)
+        means = sums[2 * part * channels + first :]
+        for j in range(mean.size):
+            mean[j] += (end - begin) / rows * means[j]
+    for part in range(segments):
+        begin, end = segment(part, 0, rows, fold, segments)
+        means, more = sums[2 * part * channels + first :], sums[(2 * part + 1) * channels + first :]
+        for j in range(mean.size):
+            squares[j] += more[j] + (end - begin) * (means[j] - mean[j]) ** 2
+
+
+@kernel
+def _lines(words: Words) -> None:
+    groups, channels, length, x, out = words[0], words[1], words[2], words[3], words[4]
+    wide, lines = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 2]
+    floor = np.float32(number(words[8]))
+    segments = words[FORWARD + FORWARD_STEP * groups + 3]
+    first, last = portion(groups * segments)
+    for task in range(first, last):
+        k = task // segments
+        group = FORWARD + FORWARD_STEP * k
+        n, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+        line = float32s(lines + SINGLE * 2 * k * wide, 2 * wide)
+        while n < end:
+            width, rows = block(n, end, channels, wide)
+            at = SINGLE * n * channels
+            for row in range(rows):
+                here = at + SINGLE * row * width
+                _line(float32s(x + here, width), line[:wide], line[wide:], floor, float32s(out + here, width))
+            n += rows * width // channels
+
+
+@numba.njit(fastmath=FAST)
+def _line(row: Any, slope: Any, offset: Any, floor: Any, out: Any) -> None:
+    for j in range(row.size):
+        value = slope[j] * row[j] + offset[j]
+        out[j] = floor if value < floor else value  # a NaN stays

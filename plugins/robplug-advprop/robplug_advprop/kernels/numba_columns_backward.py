@@ -1,0 +1,134 @@
+"""The backward pass where rows have the C channels; see ``numba_folds``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
+from robplug_advprop.kernels.numba_channel import BACKWARD, BACKWARD_STEP, SINGLE, settle_backward
+from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, segments_of, wide_row
+
+
+def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
+    """Writes gradients; the words are those of ``numba_channel``, and more behind them."""
+    wide, segments = wide_row(channels), segments_of(x, groups)
+    sums = torch.empty(groups * segments * 2 * channels, dtype=torch.float64)
+    planes = torch.empty(3 * groups * wide)
+    everything = (groups, channels, *words, wide, sums, planes, segments)
+    _products(x.numel(), *everything)
+    _settle_backward(x.numel(), *everything)
+    _planes(x.numel(), *everything)
+
+
+@kernel
+def _products(words: Words) -> None:
+    groups, channels, length, g, x, gate = words[0], words[1], words[2], words[3], words[4], words[5]
+    wide, sums = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 1]
+    floor = np.float32(number(words[6]))
+    total, product, mean = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
+    segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
+    first, last = portion(groups * segments)
+    for task in range(first, last):
+        k = task // segments
+        group = BACKWARD + BACKWARD_STEP * k
+        n, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+        by_bias = float64s(sums + 8 * 2 * channels * task, channels)
+        by_product = float64s(sums + 8 * (2 * channels * task + channels), channels)
+        fill(by_bias, 0)
+        fill(by_product, 0)
+        means = float32s(words[7] + SINGLE * k * channels, channels)
+        for j in range(channels):
+            mean[j] = means[j]
+        repeat(mean, channels, 0, channels)
+        while n < end:
+            width, rows = block(n, end, channels, wide)
+            fill(total, 0)
+            fill(product, 0)
+            here, size = SINGLE * n * channels, rows * width
+            _add_products(
+                float32s(g + here, size), float32s(x + here, size), mean[:width],
+                float32s(gate + here, size), floor, total, product)  # fmt: skip
+            for at in range(0, width, channels):
+                for j in range(channels):
+                    by_bias[j] += total[at + j]
+                    by_product[j] += product[at + j]
+            n += rows * width // channels
+
+
+@numba.njit(fastmath=FAST)
+def _add_products(g: Any, x: Any, mean: Any, gate: Any, floor: Any, total: Any, product: Any) -> None:
+    """Adds what passes of g, and its products with x - mean; two rows at once."""
+    width = mean.size
+    rows = g.size // width
+    for n in range(0, rows - 1, 2):
+        one, two, end = n * width, (n + 1) * width, (n + 2) * width
+        g1, g2, x1, x2, gate1, gate2 = g[one:two], g[two:end], x[one:two], x[two:end], gate[one:two], gate[two:end]
+        for j in range(width):
+            first = np.float32(0) if gate1[j] <= floor else g1[j]
+            second = np.float32(0) if gate2[j] <= floor else g2[j]
+            total[j] += first + second
+            product[j] += first * (x1[j] - mean[j]) + second * (x2[j] - mean[j])
+    if rows % 2:
+        g, x, gate = g[(rows - 1) * width :], x[(rows - 1) * width :], gate[(rows - 1) * width :]
+        for j in range(width):
+            first = np.float32(0) if gate[j] <= floor else g[j]
+            total[j] += first
+            product[j] += first * (x[j] - mean[j])
+
+
+@kernel
+def _settle_backward(words: Words) -> None:
+    groups, channels = words[0], words[1]
+    behind = BACKWARD + BACKWARD_STEP * groups
+    wide, sums, planes, segments = words[behind], words[behind + 1], words[behind + 2], words[behind + 3]
+    first, last = portion(channels)
+    for k in range(groups):
+        here = float64s(sums + 8 * 2 * channels * segments * k, 2 * channels * segments)
+        for at in range(2 * channels, here.size, 2 * channels):
+            for j in range(first, last):
+                here[j] += here[at + j]
+                here[channels + j] += here[at + channels + j]
+        by_bias, product = here[first:last], here[channels + first : channels + last]
+        plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
+        along_g, along_x, offset = plane[:wide], plane[wide : 2 * wide], plane[2 * wide :]
+        settle_backward(
+            words, k, first, last, by_bias, product, along_g[first:last], along_x[first:last], offset[first:last]
+        )
+        repeat(along_g, channels, first, last)
+        repeat(along_x, channels, first, last)
+        repeat(offset, channels, first, last)
+
+
+@kernel
+def _planes(words: Words) -> None:
+    groups, channels, length, g, x, gate, out = words[0], words[1], words[2], words[3], words[4], words[5], words[9]
+    wide, planes = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 2]
+    floor = np.float32(number(words[6]))
+    segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
+    first, last = portion(groups * segments)
+    for task in range(first, last):
+        k = task // segments
+        group = BACKWARD + BACKWARD_STEP * k
+        n, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+        plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
+        while n < end:
+            width, rows = block(n, end, channels, wide)
+            for row in range(rows):
+                here = SINGLE * (n * channels + row * width)
+                _plane(
+                    float32s(g + here, width), float32s(x + here, width), plane, wide,
+                    float32s(gate + here, width), floor, float32s(out + here, width))  # fmt: skip
+            n += rows * width // channels
+
+
+@numba.njit(fastmath=FAST)
+def _plane(g: Any, x: Any, plane: Any, wide: int, gate: Any, floor: Any, out: Any) -> None:
+    along_g, along_x, offset = plane[:wide], plane[wide : 2 * wide], plane[2 * wide :]
+    for j in range(g.size):
+        passed = np.float32(0) if gate[j] <= floor else g[j]
+        out[j] = along_g[j] * passed + (along_x[j] * x[j] + offset[j])

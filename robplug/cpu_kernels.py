@@ -1,0 +1,160 @@
+"""A plugin's kernels for the CPU, where plain PyTorch makes passes too many: compiled by Numba, on PyTorch's threads.
+
+Between two tasks PyTorch's threads wait by spinning; a second pool of them, such as Numba's own, would fight with the
+first for the cores. So a kernel is handed to the OpenMP library that PyTorch has loaded, which takes some microseconds.
+Where that is not GNU's, as on macOS and Windows, a kernel runs on one thread.
+
+A kernel is a function of words of 64 bits, which every thread calls to do its portion::
+
+    @kernel
+    def doubled(words):
+        start, stop = portion_of_values(words[2])
+        x, out = float32s(words[0], words[2]), float32s(words[1], words[2])
+        for i in range(start, stop):
+            out[i] = 2 * x[i]
+
+    doubled(x.numel(), x, out, x.numel())
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+GRAIN = 2**15  # values from which on another thread pays
+LINE = 64  # values, rather more than a cache line: no two threads write to the same one
+
+FAST = {"contract", "reassoc", "nsz"}
+"""For ``fastmath``: sums in any order, which is what vectors need; NaN and infinity keep their meaning."""
+Words = Any
+"""A pointer to the arguments' words."""
+
+WORDS = types.void(types.CPointer(types.int64))
+CALLED_ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+THE_ONLY_ONE = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda answer=answer: answer) for answer in (0, 1)]
+
+thread = types.ExternalFunction("robplug_thread", types.int32())
+threads = types.ExternalFunction("robplug_threads", types.int32())
+
+
+class Kernel:
+    """A compiled function; to be called with the number of values that it works on and then its arguments.
+
+    Of a tensor it gets the address of its first value, of a float its bits. It is compiled when it is first called, and
+    kept on disk where there is a place for it.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, values: int, *arguments: Tensor | int | float) -> None:
+        words = (ctypes.c_int64 * len(arguments))(*map(_word, arguments))
+        wanted = min(torch.get_num_threads(), max(1, values // GRAIN))
+        parallel, address = _parallel(), self._compiled.address
+        if wanted == 1 or parallel is None:
+            CALLED_ALONE(address)(ctypes.addressof(words))
+        else:
+            parallel(address, ctypes.addressof(words), wanted, 0)
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        _parallel()
+        compiler = functools.partial(numba.cfunc, WORDS, error_model="numpy", fastmath=FAST)
+        try:
+            return compiler(cache=True)(self._function)
+        except RuntimeError:  # there is no folder that can be written to
+            return compiler()(self._function)
+
+
+@functools.cache
+def _parallel() -> Any:
+    """Returns how threads are had to call a function, or None, having told what a kernel has to ask who it is."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    openmp = ctypes.CDLL(str(library)) if library.exists() else None  # with the symbols of what it was linked with
+    parallel = getattr(openmp, "GOMP_parallel", None)
+    theirs = "omp_get_thread_num", "omp_get_num_threads"
+    asked = [getattr(openmp, name) for name in theirs] if parallel else THE_ONLY_ONE
+    for name, function in zip(("robplug_thread", "robplug_threads"), asked, strict=True):
+        llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    if parallel:
+        parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+
+def kernel(function: Callable[[Any], None]) -> Kernel:
+    """Makes a kernel of a function of words that Numba can compile."""
+    return Kernel(function)
+
+
+@numba.njit
+def portion(count: int) -> tuple[int, int]:
+    """Returns where this thread's part of a number of things begins and ends."""
+    share = -(-count // threads())
+    start = min(count, thread() * share)
+    return start, min(count, start + share)
+
+
+@numba.njit
+def portion_of_values(size: int) -> tuple[int, int]:
+    """Returns where this thread's part of neighbouring values begins and ends."""
+    start, stop = portion(-(-size // LINE))
+    return start * LINE, min(size, stop * LINE)
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any) -> Any:
+    """Returns an address as a pointer."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.int64), code
+
+
+@intrinsic
+def number(_context: Any, word: Any) -> Any:
+    """Returns the float whose bits a word has."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.float64(types.int64), code
+
+
+@numba.njit
+def float32s(address: int, size: int) -> Any:
+    """Returns the values of a float32 tensor, flat."""
+    return numba.carray(_pointer(address), size, np.float32)
+
+
+@numba.njit
+def float64s(address: int, size: int) -> Any:
+    """Returns the values of a float64 tensor, flat."""
+    return numba.carray(_pointer(address), size, np.float64)
+
+
+@numba.njit
+def int8s(address: int, size: int) -> Any:
+    """Returns the values of an int8 tensor, flat."""
+    return numba.carray(_pointer(address), size, np.int8)
+
+
+def _word(argument: Tensor | int | float) -> int:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int(struct.unpack("q", struct.pack("d", argument))[0])
+    return argument

@@ -1,0 +1,74 @@
+"""Kernels for the CPU: their arguments, their threads, and machines that lack something."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from robplug.cpu_kernels import LINE, float32s, float64s, int8s, kernel, number, portion, portion_of_values
+
+
+@kernel
+def moved(words):  # type: ignore[no-untyped-def]
+    start, stop = portion_of_values(words[0])
+    singles, doubles, bytes_ = float32s(words[1], words[0]), float64s(words[2], words[0]), int8s(words[3], words[0])
+    for i in range(start, stop):
+        doubles[i] = singles[i] * number(words[4]) + bytes_[i]
+
+
+@kernel
+def shares(words):  # type: ignore[no-untyped-def]
+    start, stop = portion(words[0])
+    seen = float64s(words[1], words[0])
+    for i in range(start, stop):
+        seen[i] += stop - start
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, LINE, LINE + 1, 2**17 + 5])
+def test_each_value_is_written_once_by_some_thread(threads: int, size: int) -> None:
+    singles, doubles, bytes_ = (
+        torch.randn(size),
+        torch.full((size,), torch.nan).double(),
+        torch.ones(size).to(torch.int8),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        moved(size, size, singles, doubles, bytes_, -2.5e-3)
+        seen = torch.zeros(2 * threads + 1, dtype=torch.float64)
+        shares(2**20, len(seen), seen)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(doubles, singles.double() * -2.5e-3 + 1)
+    assert seen.max() == -(-len(seen) // threads) and seen.min() > 0
+
+
+SCRIPT = """
+import pathlib, sys
+import torch
+from robplug import cpu_kernels
+from robplug.cpu_kernels import *
+
+if "alone" in sys.argv:
+    cpu_kernels.Path = lambda file: pathlib.Path("nowhere")
+torch.set_num_threads(2)
+
+@kernel
+def counted(words):
+    start, stop = portion(words[0])
+    float64s(words[1], 1)[0] = stop - start
+
+seen = torch.zeros(1, dtype=torch.float64)
+counted(2**20, 10, seen)
+print(int(seen))
+"""
+
+
+@pytest.mark.parametrize(("argument", "share"), [("alone", 10), ("together", 5 if sys.platform == "linux" else 10)])
+def test_without_gnu_openmp_or_a_file_to_cache_beside_it_still_runs(argument: str, share: int) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == share, done.stderr

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -18,6 +19,8 @@ LOGITS = "logits"
 
 RELU_LIKE = frozenset("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish softplus hardswish".split())
 """Functions whose outputs are collected where no layers are named, in-place ones too; hardtanh from 0 is relu6."""
+
+Seen = Callable[[list[str], Tensor], None]
 
 
 class Recorder(TorchFunctionMode):
@@ -32,8 +35,9 @@ class Recorder(TorchFunctionMode):
         tensors: the activations, with their graph; no later operation in place changes them.
     """
 
-    def __init__(self, functions: bool) -> None:
+    def __init__(self, functions: bool, seen: Seen | None) -> None:
         super().__init__()
+        self._seen = seen
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
         self._versions: list[int | None] = []
@@ -46,13 +50,13 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Calls a function and keeps its result if it is ReLU-like."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        for tensor in _written(name, args, kwargs):
+        kind = _kind(getattr(func, "__name__", ""))
+        for tensor in _written(kind, args, kwargs):
             self._save_from(tensor)
         out = func(*args, **kwargs)
-        if self._functions and _is_relu_like(name, args, kwargs):
+        if self._functions and kind.relu_like and _is_relu_like(kind, args, kwargs):
             where = self._modules[-1] if self._modules else ""
-            self.keep(f"{where}:{name.removesuffix('_')}".removeprefix(":"), out)
+            self.keep(f"{where}:{kind.plain}".removeprefix(":"), out)
         return out
 
     def keep(self, name: str, out: Any) -> None:
@@ -65,6 +69,8 @@ class Recorder(TorchFunctionMode):
         self.names.append(name if self._uses[name] == 1 else f"{name}#{self._uses[name]}")
         self.tensors.append(out)
         self._versions.append(_version(out))
+        if self._seen is not None:
+            self._seen(self.names, out)
 
     def enter(self, name: str) -> None:
         """Notes that the forward of a module begins."""
@@ -94,19 +100,20 @@ class Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def recording(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[Recorder]:
+def recording(model: nn.Module, layers: Sequence[str] | None = None, seen: Seen | None = None) -> Iterator[Recorder]:
     """Collects the activations of the forward pass that is made inside.
 
     Args:
         model: any module whose output is a tensor.
         layers: names of modules whose outputs are wanted, ``"logits"`` for the model's own; None means the logits and
             every output of a ReLU-like function (`RELU_LIKE`), wherever and however it is called.
+        seen: is called with the names so far and the latest activation, while that is still in the cache.
 
     Raises:
         InputError: a layer does not exist, is not used or gives no tensor; there is no ReLU-like function; or an
             activation is changed in place in a way that cannot be foreseen.
     """
-    recorder = Recorder(functions=layers is None)
+    recorder = Recorder(layers is None, seen)
     wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -143,20 +150,35 @@ def wanted_modules(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Modu
     return {name: modules[name] for name in layers}
 
 
-def _is_relu_like(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+class _Kind(NamedTuple):
+    """What a function's name says: itself without the mark of writing in place, whether it writes, and is ReLU-like."""
+
+    plain: str
+    writes: bool
+    relu_like: bool
+
+
+@functools.cache
+def _kind(name: str) -> _Kind:
     plain = name.removesuffix("_")
-    if plain == "hardtanh":
-        return bool((args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) == 0)
-    return plain in RELU_LIKE
-
-
-def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Returns the tensors that a function may be about to overwrite; rather one too many."""
     in_place = name.endswith("_") and not name.endswith("__")
     operator = name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    asked = kwargs.get("inplace", False) or any(arg is True for arg in args[1:])  # some pass it by place
+    return _Kind(plain, in_place or operator, plain in RELU_LIKE or plain == "hardtanh")
+
+
+def _is_relu_like(kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if kind.plain == "hardtanh":
+        return bool((args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)) == 0)
+    return kind.relu_like
+
+
+def _written(kind: _Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Returns the tensors that a function may be about to overwrite; rather one too many."""
+    writes = kind.writes or kwargs.get("inplace", False)
+    for arg in args[1:]:
+        writes = writes or arg is True  # some pass it by place
     first = args[:1] or (kwargs.get("input"),)
-    written = [kwargs.get("out"), *(first if in_place or operator or asked else ())]
+    written = [kwargs.get("out"), *(first if writes else ())]
     return [tensor for tensor in written if isinstance(tensor, Tensor)]
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from robplug.errors import InputError
 from robplug_nsloss.activations import recording
-from robplug_nsloss.kernels.ops import accumulate_signs, sign_surrogate
+from robplug_nsloss.kernels.calls import mean_and_signs
+from robplug_nsloss.kernels.ops import means_and_signs, sign_surrogate
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
 
@@ -61,21 +62,34 @@ def compare(
         InputError: the passes have other layers, or an activation is not finite.
     """
     fixed = [activation.detach() for activation in clean.activations]
-    signs = [torch.empty_like(activation, dtype=torch.int8) for activation in fixed]
+    sums = [torch.empty_like(activation, dtype=torch.int8) for activation in fixed]
+    on_cpu = all(activation.is_cpu for activation in fixed)
     gradients: list[Tensor | None] = [None] * len(parameters)
     means: list[Tensor] = []
     for draw, copy in enumerate(noise.copies(x)):
-        with same_statistics(clean.statistics), recording(model, layers) as noisy:
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def meet(names: list[str], noisy: Tensor, draw: int = draw, found: Any = found) -> None:
+            number = len(names) - 1
+            if names == clean.names[: number + 1]:
+                found.append(mean_and_signs(fixed[number], noisy, sums[number], draw))
+
+        with same_statistics(clean.statistics), recording(model, layers, meet if on_cpu else None) as noisy:
             model(copy)
         _check_same(clean.names, noisy.names)
-        change = accumulate_signs(fixed, noisy.tensors, signs, draw)
-        del noisy  # before the next pass
-        means.append(change.detach())
-        if change.requires_grad:
-            gradients = _added(gradients, _gradients(change.sum(), parameters, _scale(fixed)))
+        if on_cpu:
+            each, signs = zip(*found, strict=True)
+            means.append(torch.stack(each))
+        else:  # all layers in one launch
+            at_once, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
+            means.append(at_once)
+        if any(activation.requires_grad for activation in noisy.tensors):
+            change = sign_surrogate(noisy.tensors, signs).sum()
+            del noisy, found, signs, meet  # before the next pass
+            gradients = _added(gradients, _gradients(change, parameters, _scale(fixed)))
     total = torch.stack(means).sum(0)
     _check_finite(clean.names, total)
-    return Compared(total, signs, gradients)
+    return Compared(total, sums, gradients)
 
 
 def _check_same(clean: list[str], noisy: list[str]) -> None:

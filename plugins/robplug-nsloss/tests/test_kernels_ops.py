@@ -318,7 +318,7 @@ def test_an_int8_holds_the_most_draws() -> None:
 
 
 def test_what_is_called_is_the_operator_bit_for_bit() -> None:
-    clean, noisy = layers(torch.float32)
+    clean, noisy = layers(torch.bfloat16)
     found, expected = ([torch.empty_like(layer, dtype=torch.int8) for layer in clean] for _ in range(2))
     assert torch.equal(sphere_noise(X, X + 1, 0.3), OPERATORS.sphere_noise(X, X + 1, 0.3))
     for draw in range(2):

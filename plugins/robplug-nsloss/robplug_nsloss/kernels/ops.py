@@ -1,7 +1,8 @@
 """The kernels as PyTorch operators: schema, checks, shapes, devices and derivatives.
 
-The reference runs on every device but CUDA, where the Triton kernels do. One check serves the implementation and the
-fake one, so that eager mode and ``torch.compile`` refuse the same arguments.
+On CUDA the Triton kernels run; on the CPU, uncompiled, those of ``numba_impl`` go over layers in single precision; else
+the reference. One check serves the implementation and the fake one, so that eager mode and ``torch.compile`` refuse the
+same arguments.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from robplug.kernels import operator
 from robplug_nsloss.kernels import checks, reference
+from robplug_nsloss.kernels.calls import added, call, one_layer
 
 
 def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
@@ -39,7 +41,7 @@ def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
 
     Source: Fidel et al. 2020, section III-B, Algorithm 1 (perturbations of norm NsEps).
     """
-    out: Tensor = _call("sphere_noise", x, noise, float(radius))
+    out: Tensor = call("sphere_noise", x, noise, float(radius))
     return out
 
 
@@ -96,12 +98,22 @@ def accumulate_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Seq
 
     Source: Fidel et al. 2020, section III-B, Algorithm 1, whose weighting cancels.
     """
-    means, signs = _call(
-        "accumulate_signs", *([layer.detach() for layer in some] for some in (clean, noisy, sums)), draw
-    )
+    means, signs = means_and_signs(clean, noisy, sums, draw)
     if torch.is_grad_enabled() and any(layer.requires_grad for layer in noisy):
         return means + sign_surrogate(noisy, signs)
     return means
+
+
+def means_and_signs(
+    clean: Sequence[Tensor], noisy: Sequence[Tensor], sums: Sequence[Tensor], draw: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns the means of `accumulate_signs`, without a gradient, and the int8 signs of this draw; its arguments."""
+    layers = [[layer.detach() for layer in some] for some in (clean, noisy, sums)]
+    if layers[1] and layers[1][0].is_cpu and not torch.compiler.is_compiling():
+        checks.accumulate_signs(*layers, draw)
+        means, signs = zip(*(one_layer(*layer, draw) for layer in zip(*layers, strict=True)), strict=True)
+        return reference.stacked(means, noisy), list(signs)
+    return call("accumulate_signs", *layers, draw)  # type: ignore[no-any-return]
 
 
 def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
@@ -133,15 +145,6 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     for number in inner:
         layers[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
     return zeros
-
-
-def _call(name: str, *args: Any) -> Any:
-    """Calls an operator, or on the CPU the reference itself: for a small layer, the call costs more than the layer."""
-    first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
-    if torch.compiler.is_compiling() or (first is not None and not first.is_cpu):
-        return getattr(torch.ops.robplug_nsloss, name)(*args)
-    getattr(checks, name)(*args)
-    return getattr(reference, name)(*args)
 
 
 def _means_and_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) -> tuple[Tensor, list[Tensor]]:
@@ -223,7 +226,7 @@ class _Surrogate(torch.autograd.Function):
                 ctx.waiting[number] = signs, weight
             elif ctx.needs_input_grad[3 + number]:
                 zeros = torch.zeros_like(signs, dtype=ctx.dtypes[number])
-                found[number] = _call("add_signs", zeros, signs, weight)
+                found[number] = added(zeros, signs, weight)
         return None, None, None, *found
 
 
@@ -242,8 +245,7 @@ def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[T
             raise RuntimeError(f"expected a gradient for layer {number} from the layers behind it, got None; {remedy}")
         if torch.is_grad_enabled() and g.requires_grad:
             raise RuntimeError("expected to be differentiated once, got create_graph=True; use mean_abs_difference")
-        found: Tensor = _call("add_signs", g, signs, weight)
-        return found
+        return added(g, signs, weight)
 
     return hook
 

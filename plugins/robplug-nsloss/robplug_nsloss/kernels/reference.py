@@ -6,6 +6,8 @@ network are worked on in parts that stay in a core's cache, so that no differenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def mean_abs_difference(clean: list[Tensor], noisy: list[Tensor]) -> Tensor:
         _mean([_difference(*parts).abs_().sum() for parts in _parts(other, one, other)], one)
         for one, other in zip(clean, noisy, strict=True)
     ]
-    return _stacked(totals, noisy).sum()
+    return stacked(totals, noisy).sum()
 
 
 def mean_abs_difference_backward(g: Tensor, clean: list[Tensor], noisy: list[Tensor], both: bool) -> list[Tensor]:
@@ -76,7 +78,7 @@ def accumulate_signs(
         means.append(_mean(absolute, other))
         if laid is not total:
             total.copy_(laid)
-    return _stacked(means, noisy), signs
+    return stacked(means, noisy), signs
 
 
 def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
@@ -102,5 +104,6 @@ def _mean(sums: list[Tensor], layer: Tensor) -> Tensor:
     return torch.stack(sums).sum() / layer.numel()
 
 
-def _stacked(means: list[Tensor], layers: list[Tensor]) -> Tensor:
+def stacked(means: Sequence[Tensor], layers: Sequence[Tensor]) -> Tensor:
+    """Returns the layers' means as one tensor, float64 where a layer is, float32 otherwise."""
     return torch.stack([mean.to(accumulator(*layers)) for mean in means])

@@ -1,0 +1,85 @@
+"""The kernels for the CPU in single precision: one pass over a layer, where plain PyTorch makes six.
+
+Sums do not depend on the number of threads: they are those of blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from robplug.cpu_kernels import FAST, Words, float32s, int8s, kernel, number, portion, portion_of_values
+
+BLOCK = 2**12  # values that are summed up in single precision
+
+
+def accumulate_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    """See `robplug_nsloss.kernels.reference.accumulate_signs`, for one layer; the three lie alike."""
+    size = clean.numel()
+    signs, blocks = torch.empty_like(sums), clean.new_empty(-(-size // BLOCK))
+    _accumulate(size, size, clean, noisy, sums, signs, blocks, draw)
+    return blocks.sum(dtype=torch.float64) / size, signs
+
+
+def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
+    """See `robplug_nsloss.kernels.reference.add_signs`; the two lie alike."""
+    out = torch.empty_like(g)
+    _add(g.numel(), g.numel(), g, signs, weight.item() / g.numel(), out)
+    return out
+
+
+@kernel
+def _accumulate(words: Words) -> None:
+    size, draw = words[0], words[6]
+    sums, signs = int8s(words[3], size), int8s(words[4], size)
+    clean, noisy = float32s(words[1], size), float32s(words[2], size)
+    blocks = float32s(words[5], -(-size // BLOCK))
+    first, last = portion(blocks.size)
+    for block in range(first, last):
+        at = slice(block * BLOCK, min(size, (block + 1) * BLOCK))
+        blocks[block] = _compare(clean[at], noisy[at], signs[at])
+        if draw == 0:
+            _copy(signs[at], sums[at])
+        else:
+            _increase(signs[at], sums[at])
+
+
+@numba.njit(fastmath=FAST)
+def _compare(clean: Any, noisy: Any, signs: Any) -> Any:
+    """Writes the signs of the differences and returns the sum of their absolute values."""
+    total = np.float32(0)
+    for i in range(clean.size):
+        difference = noisy[i] - clean[i]
+        total += abs(difference)
+        signs[i] = np.int8(difference > 0) - np.int8(difference < 0)
+    return total
+
+
+@numba.njit
+def _copy(signs: Any, sums: Any) -> None:
+    for i in range(signs.size):
+        sums[i] = signs[i]
+
+
+@numba.njit
+def _increase(signs: Any, sums: Any) -> None:
+    for i in range(signs.size):
+        sums[i] += signs[i]
+
+
+@kernel
+def _add(words: Words) -> None:
+    size, scale = words[0], np.float32(number(words[3]))
+    start, stop = portion_of_values(size)
+    at = slice(start, stop)
+    _add_part(float32s(words[1], size)[at], int8s(words[2], size)[at], scale, float32s(words[4], size)[at])
+
+
+@numba.njit(fastmath=FAST)
+def _add_part(g: Any, signs: Any, scale: Any, out: Any) -> None:
+    for i in range(g.size):
+        out[i] = g[i] + scale * np.float32(signs[i])

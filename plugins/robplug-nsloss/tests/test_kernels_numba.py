@@ -1,0 +1,104 @@
+"""The kernels for the CPU against the reference, and a loss that is made of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robplug_nsloss import ns_loss
+from robplug_nsloss.kernels import calls, numba_impl, reference
+
+SHAPES = [(1,), (3, 5), (2, 3, 7, 5), (numba_impl.BLOCK,), (3, numba_impl.BLOCK + 1), (70, 31, 33)]
+LAST = torch.channels_last
+
+
+def layer(shape: tuple[int, ...], last: bool) -> tuple[Tensor, Tensor]:
+    """Returns a layer's activations of two passes; behind a ReLU, many of them are equal."""
+    clean = torch.randn(shape)
+    noisy = (clean + torch.randn(shape)).relu()
+    return tuple(x.contiguous(memory_format=LAST) if last else x for x in (clean.relu(), noisy))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("shape", "last"), [*((shape, False) for shape in SHAPES), ((2, 3, 7, 5), True)])
+def test_signs_sums_and_means_are_those_of_the_reference(
+    poisoned: None, shape: tuple[int, ...], last: bool, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    try:
+        ours, theirs = (torch.empty_like(layer(shape, last)[0], dtype=torch.int8).fill_(7) for _ in range(2))
+        for draw in range(3):
+            clean, noisy = layer(shape, last)
+            mean, signs = numba_impl.accumulate_signs(clean, noisy, ours, draw)
+            _, (expected_signs,) = reference.accumulate_signs([clean], [noisy], [theirs], draw)
+            assert torch.equal(signs, expected_signs) and torch.equal(ours, theirs)
+            assert signs.stride() == expected_signs.stride()
+            assert math.isclose(mean, (noisy.double() - clean.double()).abs().mean(), rel_tol=4e-7)
+            weight = torch.tensor(0.7)
+            added = numba_impl.add_signs(noisy, signs, weight)
+            assert added.stride() == noisy.stride()
+            torch.testing.assert_close(added, reference.add_signs(noisy, signs, weight), rtol=2e-7, atol=1e-7)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_sum_does_not_depend_on_the_number_of_threads() -> None:
+    clean, noisy = layer((70, 31, 33), False)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(numba_impl.accumulate_signs(clean, noisy, torch.zeros_like(clean, dtype=torch.int8), 0)[0])
+    torch.set_num_threads(1)
+    assert found[0] == found[1] == found[2]
+
+
+def test_sums_reach_as_far_as_an_int8() -> None:
+    clean, noisy = torch.zeros(100), torch.tensor([1.0, -1.0] * 50)
+    sums = torch.empty(100, dtype=torch.int8)
+    for draw in range(127):
+        numba_impl.accumulate_signs(clean, noisy, sums, draw)
+    assert torch.equal(sums, (127 * noisy).to(torch.int8))
+
+
+def test_nan_and_infinity_show_in_the_mean() -> None:
+    for value in (math.nan, math.inf):
+        noisy = torch.zeros(9000)
+        noisy[4999] = value
+        mean, _ = numba_impl.accumulate_signs(torch.zeros(9000), noisy, torch.zeros(9000, dtype=torch.int8), 0)
+        assert float(mean) == value or math.isnan(mean)
+
+
+def test_what_lies_otherwise_is_left_to_the_reference() -> None:
+    x, signs = torch.randn(4, 6), torch.zeros(4, 6, dtype=torch.int8)
+    assert calls.is_native(x, signs)
+    for other in (x.double(), x.half(), x.mT.contiguous().mT, x[:1].expand(4, 6)):
+        assert not calls.is_native(other, signs)
+    clean, noisy = layer((2, 3, 7, 5), False)
+    total = torch.empty_like(clean, dtype=torch.int8)
+    mean, found = calls.mean_and_signs(clean.contiguous(memory_format=LAST), noisy, total, 0)
+    assert torch.equal(found, total) and torch.equal(total, (noisy - clean).sign().to(torch.int8))
+    torch.testing.assert_close(mean, (noisy - clean).abs().mean())
+
+
+def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("accumulate_signs", "add_signs"):
+        kernel = getattr(numba_impl, name)
+        monkeypatch.setattr(numba_impl, name, lambda *args, k=kernel, n=name: (calls.append(n), k(*args))[1])
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    x, found = torch.rand(6, 2, 8, 8), []
+    noise = torch.randn(3, *x.shape, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        draws = iter(noise.to(dtype))
+        monkeypatch.setattr(torch, "randn", lambda *_, draws=draws, **__: next(draws))
+        exact = model.to(dtype)
+        loss = ns_loss(exact, x.to(dtype), radius=0.5, draws=3)
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))])
+        model = model.to(torch.float32)
+    assert calls.count("accumulate_signs") == 3 * 3 and calls.count("add_signs") == 4 * 3
+    for single, double in zip(*found, strict=True):
+        # a sign may differ where two activations hardly do
+        assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6

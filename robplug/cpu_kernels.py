@@ -63,20 +63,21 @@ class Kernel:
     def __call__(self, values: int, *arguments: Tensor | int | float) -> None:
         words = (ctypes.c_int64 * len(arguments))(*map(_word, arguments))
         wanted = min(torch.get_num_threads(), max(1, values // GRAIN))
-        parallel, address = _parallel(), self._compiled.address
+        parallel, address = _parallel(), self._address
         if wanted == 1 or parallel is None:
             CALLED_ALONE(address)(ctypes.addressof(words))
         else:
             parallel(address, ctypes.addressof(words), wanted, 0)
 
     @functools.cached_property
-    def _compiled(self) -> Any:
+    def _address(self) -> int:
         _parallel()
         compiler = functools.partial(numba.cfunc, WORDS, error_model="numpy", fastmath=FAST)
         try:
-            return compiler(cache=True)(self._function)
+            self._compiled = compiler(cache=True)(self._function)
         except RuntimeError:  # there is no folder that can be written to
-            return compiler()(self._function)
+            self._compiled = compiler()(self._function)
+        return int(self._compiled.address)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robplug.errors import InputError
 from robplug_nsloss.activations import recording
-from robplug_nsloss.kernels.calls import mean_and_signs
+from robplug_nsloss.kernels.calls import parts_and_signs
 from robplug_nsloss.kernels.ops import means_and_signs, sign_surrogate
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
@@ -72,14 +72,14 @@ def compare(
         def meet(names: list[str], noisy: Tensor, draw: int = draw, found: Any = found) -> None:
             number = len(names) - 1
             if names == clean.names[: number + 1]:
-                found.append(mean_and_signs(fixed[number], noisy, sums[number], draw))
+                found.append(parts_and_signs(fixed[number], noisy.detach(), sums[number], draw))
 
         with same_statistics(clean.statistics), recording(model, layers, meet if on_cpu else None) as noisy:
             model(copy)
         _check_same(clean.names, noisy.names)
         if on_cpu:
-            each, signs = zip(*found, strict=True)
-            means.append(torch.stack(each))
+            signs = [sign for _, sign in found]
+            means.append(torch.stack([parts.sum(dtype=torch.float64) for parts, _ in found]))
         else:  # all layers in one launch
             at_once, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
             means.append(at_once)

@@ -7,6 +7,7 @@ Each check is one function that serves both the implementation and the fake one,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -96,6 +97,7 @@ def _is_native(x: Tensor, groups: int, eps: float, momentum: Sequence[Momentum],
     )
 
 
+@functools.cache
 def _cpu_kernels() -> ModuleType:
     """Returns the kernels for the CPU, whose compiler takes half a second to import."""
     from robplug_advprop.kernels import numba_impl

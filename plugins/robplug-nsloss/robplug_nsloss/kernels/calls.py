@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -20,18 +21,16 @@ def call(name: str, *args: Any) -> Any:
     return getattr(reference, name)(*args)
 
 
-def mean_and_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-    """Returns what `means_and_signs` does for one layer, as soon as it is computed: on the CPU it is in the cache."""
-    checks.accumulate_signs([clean], [noisy], [sums], draw)
-    return one_layer(clean.detach(), noisy.detach(), sums, draw)
+def parts_and_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    """Returns parts of mean |noisy - clean|, to be added up, and sign(noisy - clean), which is added to sums.
 
-
-def one_layer(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-    """Returns what `mean_and_signs` does, of detached tensors that have been checked."""
-    if is_native(noisy, sums) and clean.stride() == noisy.stride():
+    To be called on the CPU as soon as a layer is computed: it is in the cache then, and Python is not, so that all that
+    can wait is left for later.
+    """
+    if clean.shape == noisy.shape and is_native(noisy, sums) and clean.stride() == noisy.stride():
         return _cpu_kernels().accumulate_signs(clean, noisy, sums, draw)  # type: ignore[no-any-return]
-    mean, (signs,) = reference.accumulate_signs([clean], [noisy], [sums], draw)
-    return mean[0], signs
+    checks.accumulate_signs([clean], [noisy], [sums], draw)
+    return reference.accumulate_one(clean, noisy, sums, draw)
 
 
 def added(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
@@ -48,6 +47,7 @@ def is_native(x: Tensor, signs: Tensor) -> bool:
     return dense and alike and x.is_cpu and x.dtype == torch.float32
 
 
+@functools.cache
 def _cpu_kernels() -> ModuleType:
     """Returns the kernels for the CPU, whose compiler takes half a second to import."""
     from robplug_nsloss.kernels import numba_impl

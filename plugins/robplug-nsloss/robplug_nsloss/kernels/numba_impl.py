@@ -18,11 +18,11 @@ BLOCK = 2**12  # values that are summed up in single precision
 
 
 def accumulate_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-    """See `robplug_nsloss.kernels.reference.accumulate_signs`, for one layer; the three lie alike."""
+    """See `robplug_nsloss.kernels.reference.accumulate_one`; the three lie alike."""
     size = clean.numel()
-    signs, blocks = torch.empty_like(sums), clean.new_empty(-(-size // BLOCK))
-    _accumulate(size, size, clean, noisy, sums, signs, blocks, draw)
-    return blocks.sum(dtype=torch.float64) / size, signs
+    signs, parts = torch.empty_like(sums), torch.empty(-(-size // BLOCK))
+    _accumulate(size, size, clean, noisy, sums, signs, parts, draw, 1 / size)
+    return parts, signs
 
 
 def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
@@ -37,11 +37,11 @@ def _accumulate(words: Words) -> None:
     size, draw = words[0], words[6]
     sums, signs = int8s(words[3], size), int8s(words[4], size)
     clean, noisy = float32s(words[1], size), float32s(words[2], size)
-    blocks = float32s(words[5], -(-size // BLOCK))
-    first, last = portion(blocks.size)
+    parts, scale = float32s(words[5], -(-size // BLOCK)), np.float32(number(words[7]))
+    first, last = portion(parts.size)
     for block in range(first, last):
         at = slice(block * BLOCK, min(size, (block + 1) * BLOCK))
-        blocks[block] = _compare(clean[at], noisy[at], signs[at])
+        parts[block] = scale * _compare(clean[at], noisy[at], signs[at])
         if draw == 0:
             _copy(signs[at], sums[at])
         else:

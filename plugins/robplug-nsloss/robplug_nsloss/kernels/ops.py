@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robplug.kernels import operator
 from robplug_nsloss.kernels import checks, reference
-from robplug_nsloss.kernels.calls import added, call, one_layer
+from robplug_nsloss.kernels.calls import added, call, parts_and_signs
 
 
 def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
@@ -109,11 +109,11 @@ def means_and_signs(
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns the means of `accumulate_signs`, without a gradient, and the int8 signs of this draw; its arguments."""
     layers = [[layer.detach() for layer in some] for some in (clean, noisy, sums)]
-    if layers[1] and layers[1][0].is_cpu and not torch.compiler.is_compiling():
-        checks.accumulate_signs(*layers, draw)
-        means, signs = zip(*(one_layer(*layer, draw) for layer in zip(*layers, strict=True)), strict=True)
-        return reference.stacked(means, noisy), list(signs)
-    return call("accumulate_signs", *layers, draw)  # type: ignore[no-any-return]
+    if not layers[1] or not layers[1][0].is_cpu or torch.compiler.is_compiling():
+        return call("accumulate_signs", *layers, draw)  # type: ignore[no-any-return]
+    checks.accumulate_signs(*layers, draw)
+    found = [parts_and_signs(*layer, draw) for layer in zip(*layers, strict=True)]
+    return reference.stacked([parts.sum() for parts, _ in found], noisy), [signs for _, signs in found]
 
 
 def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:

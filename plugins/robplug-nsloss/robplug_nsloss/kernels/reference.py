@@ -63,22 +63,25 @@ def accumulate_signs(
     clean: list[Tensor], noisy: list[Tensor], sums: list[Tensor], draw: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns mean |noisy - clean| a layer, (L,), and sign(noisy - clean), which is added to sums; draw 0 sets them."""
-    means, signs = [], [torch.empty_like(layer, dtype=torch.int8) for layer in noisy]
-    for one, other, total, sign in zip(clean, noisy, sums, signs, strict=True):
-        laid = alike(total, other)
-        absolute = []
-        for second, first, sum_part, sign_part in _parts(other, other, one, laid, sign):
-            difference = _difference(second, first)
-            sign_part.copy_(difference.sign())
-            if draw == 0:
-                sum_part.copy_(sign_part)
-            else:
-                sum_part.add_(sign_part)
-            absolute.append(difference.abs_().sum())
-        means.append(_mean(absolute, other))
-        if laid is not total:
-            total.copy_(laid)
-    return stacked(means, noisy), signs
+    found = [accumulate_one(*layer, draw) for layer in zip(clean, noisy, sums, strict=True)]
+    return stacked([parts.sum() for parts, _ in found], noisy), [sign for _, sign in found]
+
+
+def accumulate_one(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+    """Returns parts of the mean of one layer, whose sum it is, and the signs; see `accumulate_signs`."""
+    laid, signs = alike(sums, noisy), torch.empty_like(noisy, dtype=torch.int8)
+    absolute = []
+    for second, first, sum_part, sign_part in _parts(noisy, noisy, clean, laid, signs):
+        difference = _difference(second, first)
+        sign_part.copy_(difference.sign())
+        if draw == 0:
+            sum_part.copy_(sign_part)
+        else:
+            sum_part.add_(sign_part)
+        absolute.append(difference.abs_().sum())
+    if laid is not sums:
+        sums.copy_(laid)
+    return torch.stack(absolute) / noisy.numel(), signs
 
 
 def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:

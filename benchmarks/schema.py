@@ -67,7 +67,7 @@ def surroundings() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    names = ("robplug", "torch", "adversarial-robustness-toolbox", "foolbox", "torchattacks", "numpy")
+    names = ("robplug", "torch", "adversarial-robustness-toolbox", "foolbox", "torchattacks", "numpy", "numba")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -30,6 +30,7 @@ import numba
 import numpy as np
 import torch
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -72,12 +73,23 @@ class Kernel:
     @functools.cached_property
     def _address(self) -> int:
         _parallel()
-        compiler = functools.partial(numba.cfunc, WORDS, error_model="numpy", fastmath=FAST)
         try:
-            self._compiled = compiler(cache=True)(self._function)
+            self._forget_what_is_old()
+            cache = True
         except RuntimeError:  # there is no folder that can be written to
-            self._compiled = compiler()(self._function)
+            cache = False
+        compiler = numba.cfunc(WORDS, cache=cache, error_model="numpy", fastmath=FAST)
+        self._compiled = compiler(self._function)
         return int(self._compiled.address)
+
+    def _forget_what_is_old(self) -> None:
+        """Empties the cache if a file has changed whose functions may be inlined here: Numba looks at its own only."""
+        file, cache = Path(self._function.__code__.co_filename), FunctionCache(self._function)
+        sources = [Path(__file__), *file.parent.glob("numba_*.py")]
+        newest = max(source.stat().st_mtime_ns for source in sources)
+        kept = Path(cache.cache_path).glob(f"{file.stem}.{self._function.__qualname__}-*.nbi")
+        if any(index.stat().st_mtime_ns < newest for index in kept):
+            cache.flush()
 
 
 @functools.cache

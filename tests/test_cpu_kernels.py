@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,23 @@ print(int(seen))
 def test_without_gnu_openmp_or_a_file_to_cache_beside_it_still_runs(argument: str, share: int) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, argument], capture_output=True, text=True, check=True)
     assert int(done.stdout) == share, done.stderr
+
+
+KERNEL = """
+from robplug.cpu_kernels import float64s, kernel
+from numba_helper import value
+
+@kernel
+def told(words):
+    float64s(words[0], 1)[0] = value()
+"""
+
+
+def test_what_was_compiled_before_a_file_beside_it_changed_is_compiled_anew(tmp_path: Path) -> None:
+    (tmp_path / "numba_impl.py").write_text(KERNEL)
+    call = "import torch, numba_impl; x = torch.zeros(1).double(); numba_impl.told(1, x); print(int(x))"
+    for value in (1, 1, 2):
+        (tmp_path / "numba_helper.py").write_text(f"import numba\n\n@numba.njit\ndef value():\n    return {value}\n")
+        done = subprocess.run([sys.executable, "-c", call], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert int(done.stdout) == value
+    assert list(tmp_path.glob("__pycache__/numba_impl.told-*.nbi"))

@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return found
 
 
-def findings(found: list[Row], device: str, off: float) -> list[str]:
+def findings(found: list[Row], off: float) -> list[str]:
     """Returns how the defence stands to its limits."""
     ours = next(row for row in found if row.contender == OURS)
     memory = float(ours.extra["plain_steps_of_memory"])
@@ -148,7 +148,7 @@ def main() -> None:
         command="python plugins/robplug-nsloss/benchmarks/step_cost.py",
         settings={**{name: getattr(options, name) for name in names}, "heap": heap},
         rows=found,
-        findings=findings(found, options.device, off),
+        findings=findings(found, off),
         **surroundings(),
     )
     write(result, options.out)

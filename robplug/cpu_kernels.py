@@ -84,10 +84,11 @@ class Kernel:
 
     def _forget_what_is_old(self) -> None:
         """Empties the cache if a file has changed whose functions may be inlined here: Numba looks at its own only."""
-        file, cache = Path(self._function.__code__.co_filename), FunctionCache(self._function)
+        code, cache = self._function.__code__, FunctionCache(self._function)
+        file = Path(code.co_filename)
         sources = [Path(__file__), *file.parent.glob("numba_*.py")]
         newest = max(source.stat().st_mtime_ns for source in sources)
-        kept = Path(cache.cache_path).glob(f"{file.stem}.{self._function.__qualname__}-*.nbi")
+        kept = Path(cache.cache_path).glob(f"{file.stem}.{code.co_qualname}-{code.co_firstlineno}.*.nbi")
         if any(index.stat().st_mtime_ns < newest for index in kept):
             cache.flush()
 

@@ -2,7 +2,7 @@
 
 Between two tasks PyTorch's threads wait by spinning; a second pool of them, such as Numba's own, would fight with the
 first for the cores. So a kernel is handed to the OpenMP library that PyTorch has loaded, which takes some microseconds.
-Where that is not GNU's, as on macOS and Windows, a kernel runs on one thread.
+Where that has no ``GOMP_parallel``, as on macOS and Windows, a kernel runs on one thread.
 
 A kernel is a function of words of 64 bits, which every thread calls to do its portion::
 
@@ -23,6 +23,7 @@ import functools
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import llvmlite.binding
@@ -35,7 +36,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 GRAIN = 2**15  # values from which on another thread pays
-LINE = 64  # values, rather more than a cache line: no two threads write to the same one
+LINE = 64  # values, at least a cache line: threads hardly ever write to the same one
 
 FAST = {"contract", "reassoc", "nsz"}
 """For ``fastmath``: sums in any order, which is what vectors need; NaN and infinity keep their meaning."""
@@ -73,20 +74,21 @@ class Kernel:
     @functools.cached_property
     def _address(self) -> int:
         _parallel()
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError("expected Numba's compiler, got NUMBA_DISABLE_JIT=1; unset it")
+        compiler = functools.partial(numba.cfunc, WORDS, error_model="numpy", fastmath=FAST)
         try:
             self._forget_what_is_old()
-            cache = True
-        except RuntimeError:  # there is no folder that can be written to
-            cache = False
-        compiler = numba.cfunc(WORDS, cache=cache, error_model="numpy", fastmath=FAST)
-        self._compiled = compiler(self._function)
+            self._compiled = compiler(cache=True)(self._function)
+        except (RuntimeError, OSError, EOFError, UnpicklingError):  # no folder to write to, a full disk, a broken file
+            self._compiled = compiler()(self._function)
         return int(self._compiled.address)
 
     def _forget_what_is_old(self) -> None:
         """Empties the cache if a file has changed whose functions may be inlined here: Numba looks at its own only."""
         code, cache = self._function.__code__, FunctionCache(self._function)
         file = Path(code.co_filename)
-        sources = [Path(__file__), *file.parent.glob("numba_*.py")]
+        sources = [Path(__file__), *file.parent.glob("*.py")]
         newest = max(source.stat().st_mtime_ns for source in sources)
         kept = Path(cache.cache_path).glob(f"{file.stem}.{code.co_qualname}-{code.co_firstlineno}.*.nbi")
         if any(index.stat().st_mtime_ns < newest for index in kept):
@@ -167,8 +169,11 @@ def int8s(address: int, size: int) -> Any:
 
 
 def _word(argument: Tensor | int | float) -> int:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
+    if isinstance(argument, int):
+        return argument
     if isinstance(argument, float):
         return int(struct.unpack("q", struct.pack("d", argument))[0])
-    return argument
+    address = argument.data_ptr()
+    if not address:
+        raise ValueError(f"expected a tensor with values in memory, got {type(argument).__name__} of {argument.shape}")
+    return address

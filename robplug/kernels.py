@@ -14,7 +14,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.library import custom_op
+from torch.nn import Parameter
 
 
 def operator(schema: str, reference: ModuleType, check: Callable[..., None], empty: Callable[..., Any]) -> Any:
@@ -54,6 +57,23 @@ def operator(schema: str, reference: ModuleType, check: Callable[..., None], emp
     made.register_kernel("cuda", cuda)
     made.register_fake(fake)
     return made
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Returns whether a kernel may read and write the memory of tensors, and of tensors made like them, on the CPU.
+
+    It may not where they stand for something else: fake and other subclasses of tensors, transforms of functions,
+    traces, compilation, and views that are negative or conjugate by a mark.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and all(
+        type(tensor) in (Tensor, Parameter)
+        and tensor.is_cpu
+        and tensor.layout == torch.strided
+        and not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
+        for tensor in tensors
+    )
 
 
 @functools.cache

@@ -75,6 +75,11 @@ def test_without_gnu_openmp_or_a_file_to_cache_beside_it_still_runs(argument: st
     assert int(done.stdout) == share, done.stderr
 
 
+def test_an_argument_without_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a tensor with values in memory, got Tensor"):
+        shares(1, 0, torch.zeros(0, dtype=torch.float64))
+
+
 KERNEL = """
 from robplug.cpu_kernels import float64s, kernel
 from numba_helper import value
@@ -88,7 +93,7 @@ def told(words):
 def test_what_was_compiled_before_a_file_beside_it_changed_is_compiled_anew(tmp_path: Path) -> None:
     (tmp_path / "numba_impl.py").write_text(KERNEL)
     call = "import torch, numba_impl; x = torch.zeros(1).double(); numba_impl.told(1, x); print(int(x))"
-    for value in (1, 1, 2):
+    for value in (1, 2):
         (tmp_path / "numba_helper.py").write_text(f"import numba\n\n@numba.njit\ndef value():\n    return {value}\n")
         done = subprocess.run([sys.executable, "-c", call], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert int(done.stdout) == value

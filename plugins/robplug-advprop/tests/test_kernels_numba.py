@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robplug_advprop import mixture_batch_norm
 from robplug_advprop.kernels import numba_folds, ops, reference
@@ -157,3 +159,52 @@ def test_other_batches_are_left_to_the_reference() -> None:
     assert ops._is_native(x, 2, 1e-5, [0.1, 0.1], ())
     for other in (x.double(), x.half(), x[..., ::2], x.transpose(2, 3), x[:0]):
         assert not ops._is_native(other, 2, 1e-5, [0.1, 0.1], ())
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST])
+def test_a_long_row_is_summed_up_as_exactly_as_by_the_library(used: None, layout: torch.memory_format) -> None:
+    x = (torch.randn(2, 1, 1024, 1024) * 0.1 + 100).contiguous(memory_format=layout)
+    exact, plain = (F.batch_norm(some, None, None, training=True) for some in (x.double(), x))
+    assert (mixture_batch_norm(x, [2]) - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+def test_the_default_dtype_and_device_change_nothing(used: None) -> None:
+    for layout in (CONTIGUOUS, LAST):
+        x = torch.randn(4, 3, 5, 5).contiguous(memory_format=layout).requires_grad_()
+        expected = mixture_batch_norm(x, [1, 3])
+        gradient = torch.autograd.grad(expected.pow(3).sum(), x)[0]
+        for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+            try:
+                torch.set_default_dtype(dtype)
+                torch.set_default_device(device)
+                out = mixture_batch_norm(x, [1, 3])
+                found = torch.autograd.grad(out.pow(3).sum(), x)[0]
+            finally:
+                torch.set_default_dtype(torch.float32)
+                torch.set_default_device(None)
+            assert torch.equal(out, expected) and torch.equal(found, gradient)
+
+
+def test_numbers_of_other_types_are_numbers(used: None) -> None:
+    x = torch.randn(4, 3, 5, 5)
+    assert torch.equal(mixture_batch_norm(x, list(torch.tensor([1, 3])), eps=1), mixture_batch_norm(x, [1, 3], eps=1.0))
+    assert torch.equal(mixture_batch_norm(x, [1, 3], eps=np.float32(0.5)), mixture_batch_norm(x, [1, 3], eps=0.5))
+
+
+def test_tensors_that_stand_for_something_else_are_left_to_the_reference() -> None:
+    x, rows = torch.randn(4, 3, 5, 5), torch.zeros(3)
+    negative = torch._neg_view(x)
+    torch.testing.assert_close(mixture_batch_norm(negative, [1, 3]), mixture_batch_norm(-x, [1, 3]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert mixture_batch_norm(x, [1, 3]).shape == x.shape
+    gradient = torch.func.grad(lambda value: mixture_batch_norm(value, [1, 3]).pow(3).sum())(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(mixture_batch_norm(leaf, [1, 3]).pow(3).sum(), leaf)[0])
+    twice = [torch.randn(4, 3, 40, 40), [2, 2], None, None, [rows, rows], None, 0.5]
+    mixture_batch_norm(*twice)  # one group after the other
+    means = [part.mean((0, 2, 3)) for part in twice[0].split(2)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(rows, 0.25 * means[0] + 0.5 * means[1])
+    with torch.inference_mode():
+        kept = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="nference"):
+        mixture_batch_norm(x, [1, 3], running_mean=kept)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robplug.testing.kernels import check_refused
 from robplug_ghost import erode_add, erode_dropout, erode_scale
@@ -121,6 +123,22 @@ def test_masks_of_single_precision_are_those_of_the_reference(
             assert torch.equal(ours, expected) and ours.stride() == expected.stride()
     finally:
         torch.set_num_threads(1)
+
+
+def test_masks_depend_on_no_default_and_no_type_of_a_number() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    expected = erode_dropout(x, SEED, 5, 0.5)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        found = erode_dropout(x, SEED, 5, np.float32(0.5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+    with FakeTensorMode():
+        fake = torch.ones(2, 3, 4, 5)
+        assert torch.ops.robplug_ghost.erode_dropout(fake, SEED, 5, 0.5).shape == x.shape
 
 
 def test_masks_keep_their_share_and_are_independent() -> None:

@@ -18,6 +18,7 @@ from robplug.errors import InputError
 from robplug_nsloss.activations import recording
 from robplug_nsloss.kernels.calls import parts_and_signs
 from robplug_nsloss.kernels.ops import means_and_signs, sign_surrogate
+from robplug_nsloss.kernels.reference import stacked
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
 
@@ -69,6 +70,7 @@ def compare(
     for draw, copy in enumerate(noise.copies(x)):
         found: list[tuple[Tensor, Tensor]] = []
 
+        @torch.compiler.disable
         def meet(names: list[str], noisy: Tensor, draw: int = draw, found: Any = found) -> None:
             number = len(names) - 1
             if names == clean.names[: number + 1]:
@@ -79,7 +81,7 @@ def compare(
         _check_same(clean.names, noisy.names)
         if on_cpu:
             signs = [sign for _, sign in found]
-            means.append(torch.stack([parts.sum(dtype=torch.float64) for parts, _ in found]))
+            means.append(stacked([parts.sum(dtype=torch.float64) for parts, _ in found], fixed))
         else:  # all layers in one launch
             at_once, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
             means.append(at_once)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robplug_nsloss import ns_loss
 from robplug_nsloss.kernels import calls, numba_impl, reference
@@ -102,3 +103,40 @@ def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.Monk
     for single, double in zip(*found, strict=True):
         # a sign may differ where two activations hardly do
         assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6
+
+
+def test_the_default_dtype_and_device_change_nothing() -> None:
+    clean, noisy = layer((70, 31, 33), False)
+    sums = torch.zeros_like(clean, dtype=torch.int8)
+    expected = numba_impl.accumulate_signs(clean, noisy, sums, 0)
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            found = numba_impl.accumulate_signs(clean, noisy, sums, 0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_is_wrong_is_refused_before_a_kernel_sees_it() -> None:
+    clean, sums = torch.zeros(4), torch.zeros(4, dtype=torch.int8)
+    for wrong in (clean.bfloat16(), torch.zeros(5), clean.double()):
+        with pytest.raises(ValueError, match="compare the same layer of two passes"):
+            calls.parts_and_signs(wrong, clean, sums, 0)
+    with pytest.raises(ValueError, match="leave the layer out"):
+        calls.parts_and_signs(clean[:0], clean[:0], sums[:0], 0)
+    with pytest.raises(ValueError, match="got 127"):
+        calls.parts_and_signs(clean, clean, sums, 127)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert calls.parts_and_signs(clean, clean, sums, 0)[1].shape == (4,)
+
+
+def test_a_compiled_model_has_the_same_loss_in_the_dtype_of_its_activations() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Tanh())
+    x, found = torch.rand(5, 6), []
+    for one, names in ((model, ["0", "2"]), (torch.compile(model, backend="eager"), ["_orig_mod.0", "_orig_mod.2"])):
+        found.append(ns_loss(one, x, draws=2, layers=names, generator=torch.Generator().manual_seed(3)))
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].dtype == torch.float32

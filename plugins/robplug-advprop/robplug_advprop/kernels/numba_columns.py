@@ -19,8 +19,8 @@ HEAD = 16  # rows whose mean is close enough to that of all to be subtracted bef
 def forward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     """Normalises; the words are those of ``numba_channel``, and more behind them."""
     wide, segments = wide_row(channels), segments_of(x, groups)
-    sums = torch.empty(groups * segments * 2 * channels, dtype=torch.float64)
-    lines = torch.empty(2 * groups * wide)
+    sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
+    lines = x.new_empty(2 * groups * wide)
     everything = (groups, channels, *words, wide, sums, lines, segments)
     _moments(x.numel(), *everything)
     _settle_forward(x.numel(), *everything)

@@ -17,8 +17,8 @@ from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, se
 def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     """Writes gradients; the words are those of ``numba_channel``, and more behind them."""
     wide, segments = wide_row(channels), segments_of(x, groups)
-    sums = torch.empty(groups * segments * 2 * channels, dtype=torch.float64)
-    planes = torch.empty(3 * groups * wide)
+    sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
+    planes = x.new_empty(3 * groups * wide)
     everything = (groups, channels, *words, wide, sums, planes, segments)
     _products(x.numel(), *everything)
     _settle_backward(x.numel(), *everything)

@@ -24,6 +24,7 @@ from robplug_advprop.kernels.numba_folds import fill
 
 CACHE = 2**16  # values that stay in a core's cache
 MOST = 64  # channels of a task
+PIECE = 2**12  # values whose sum single precision can hold
 
 
 def forward(x: Tensor, *words: Any) -> None:
@@ -77,10 +78,12 @@ def _backward(words: Words) -> None:
         for n in range(size):
             for j in range(span):
                 here = at + n * step + SINGLE * length * j
-                slopes, row, gates = _three(g + here, x + here, gate + here, length)
-                sums = _products(slopes, row, mean[j], gates, floor)
-                by_bias[j] += sums[0]
-                product[j] += sums[1]
+                for piece in range(0, length, PIECE):
+                    there, rest = here + SINGLE * piece, min(PIECE, length - piece)
+                    slopes, row, gates = _three(g + there, x + there, gate + there, rest)
+                    sums = _products(slopes, row, mean[j], gates, floor)
+                    by_bias[j] += sums[0]
+                    product[j] += sums[1]
         settle_backward(words, k, c, c + span, by_bias, product, along_g, along_x, offset)
         for n in range(size):
             for j in range(span):
@@ -98,19 +101,21 @@ def _span(values: int, left: int) -> int:
 
 @numba.njit
 def _moments(x: int, step: int, size: int, length: int) -> tuple[float, float]:
-    """Returns mean and sum of the squared deviations from it."""
-    total, squares = 0.0, 0.0
-    for n in range(size):
-        total += _sum(float32s(x + n * step, length))
-    mean = total / (size * length)
-    for n in range(size):
-        squares += _sum_of_squares(float32s(x + n * step, length), mean)
-    return mean, squares
+    """Returns mean and sum of the squared deviations from it.
 
-
-@numba.njit
-def _three(g: int, x: int, gate: int, length: int) -> Any:
-    return float32s(g, length), float32s(x, length), float32s(gate, length)
+    The first sum finds the mean to single precision, and the deviations from that correct it.
+    """
+    total, deviations, squares, count = 0.0, 0.0, 0.0, size * length
+    for n in range(size):
+        for at in range(0, length, PIECE):
+            total += _sum(float32s(x + n * step + SINGLE * at, min(PIECE, length - at)))
+    centre = np.float32(total / count)
+    for n in range(size):
+        for at in range(0, length, PIECE):
+            sums = _deviations(float32s(x + n * step + SINGLE * at, min(PIECE, length - at)), centre)
+            deviations += sums[0]
+            squares += sums[1]
+    return centre + deviations / count, squares - deviations * deviations / count
 
 
 @numba.njit(fastmath=FAST)
@@ -122,11 +127,17 @@ def _sum(row: Any) -> Any:
 
 
 @numba.njit(fastmath=FAST)
-def _sum_of_squares(row: Any, mean: float) -> Any:
-    total, centre = np.float32(0), np.float32(mean)
+def _deviations(row: Any, centre: Any) -> Any:
+    total, squares = np.float32(0), np.float32(0)
     for i in range(row.size):
-        total += (row[i] - centre) ** 2
-    return total
+        total += row[i] - centre
+        squares += (row[i] - centre) ** 2
+    return total, squares
+
+
+@numba.njit
+def _three(g: int, x: int, gate: int, length: int) -> Any:
+    return float32s(g, length), float32s(x, length), float32s(gate, length)
 
 
 @numba.njit(fastmath=FAST)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robplug.kernels import operator
+from robplug.kernels import are_plain, operator
 from robplug_advprop.kernels import checks, reference
 
 Rows = Tensor | Sequence[Tensor]
@@ -48,7 +48,7 @@ def mixture_batch_norm(
         bias: likewise; None means 0.
         running_mean: (K, C), or K tensors (C,), updated in place; None where none are kept.
         running_var: likewise.
-        momentum: one for all groups, or one for each; a tensor of one value is not read on the host.
+        momentum: one for all groups, or one for each; a tensor of one value is not read on the host of a GPU.
         eps: added to each variance.
         relu: whether a ReLU follows.
 
@@ -71,7 +71,8 @@ def mixture_batch_norm(
             x.new_full(shape, value).unbind() if rows is None else rows for rows, value in ((weight, 1), (bias, 0))
         ]
         running = tuple(None if rows is None else list(rows) for rows in (running_mean, running_var))
-        out: Tensor = _Native.apply(x, list(sizes), eps, relu, [*map(float, shares)], running, *affine[0], *affine[1])
+        numbers = [int(size) for size in sizes], float(eps), bool(relu), [float(share) for share in shares]
+        out: Tensor = _Native.apply(x, *numbers, running, *affine[0], *affine[1])
         return out
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
@@ -86,15 +87,17 @@ def mixture_batch_norm(
 
 def _is_native(x: Tensor, groups: int, eps: float, momentum: Sequence[Momentum], rows: Sequence[Rows | None]) -> bool:
     """Returns whether the kernels for the CPU can do it; anything wrong is left to others to refuse."""
-    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling() or not x.numel():
+    if x.dtype != torch.float32 or not x.numel():
         return False
     if not reference.is_dense(x) or not 0 <= eps < math.inf or len(momentum) != groups:
         return False
     each = [row for some in rows if some is not None for row in some]
-    counts = all(some is None or len(some) == groups for some in rows)
-    return counts and all(
-        row.shape == x.shape[1:2] and row.dtype == x.dtype and row.is_cpu and row.is_contiguous() for row in each
-    )
+    if any(some is not None and len(some) != groups for some in rows) or not are_plain(x, *each):
+        return False
+    fit = all(row.shape == x.shape[1:2] and row.dtype == x.dtype and row.is_contiguous() for row in each)
+    written = [row for some in rows[2:] if some is not None for row in some]
+    shared = len({row.data_ptr() for row in written}) < len(written)
+    return fit and not shared and not any(row.is_inference() for row in written)
 
 
 @functools.cache
@@ -208,6 +211,6 @@ class _Native(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the derivative of this one
             found = reference.gradients(g, x, torch.stack(weight), out, ctx.sizes, ctx.eps)
         else:
-            laid = torch.empty_like(x).copy_(g) if g.stride() != x.stride() else g
+            laid = g if g.stride() == x.stride() and are_plain(g) else torch.empty_like(x).copy_(g)
             found = _cpu_kernels().mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, mean, inverse)
         return found[0], None, None, None, None, None, *found[1], *found[2]

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch; what runs wherever Triton does not.
+"""The kernels in plain PyTorch; what runs where no kernel does.
 
 `definition` and `gradients` are the formulas, which autograd can go through any number of times. The other two have the
 same results without a graph, and leave the passes over a group to the library: its slices are read and written in
@@ -43,7 +43,7 @@ def gradients(
         eps: as in the definition.
     """
     dtype, dims = accumulator(x), _all_but_channels(x)
-    g = g.to(dtype) if out is None else g.to(dtype) * (out > 0)
+    g = g.to(dtype) if out is None else g.to(dtype).masked_fill(out <= 0, 0)
     found = []
     for k, (upstream, group) in enumerate(zip(g.split(sizes), x.to(dtype).split(sizes), strict=True)):
         normal, inverse = _normal(group, eps)

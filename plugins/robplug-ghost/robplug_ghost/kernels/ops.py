@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robplug.kernels import operator
+from robplug.kernels import are_plain, operator
 from robplug_ghost.kernels import checks, reference
 
 SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -95,12 +95,13 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
 
     Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (dropout erosion).
     """
-    if x.is_cpu and x.dtype in SINGLE and x.numel() and not torch.compiler.is_compiling():
+    keep = float(keep)
+    if are_plain(x) and x.dtype in SINGLE and x.numel():
         from robplug_ghost.kernels import numba_impl  # its compiler takes half a second to import
 
         checks.erode_dropout(x, seed, layer, keep)
-        return numba_impl.erode_dropout(x, seed, layer, keep)
-    return _call("erode_dropout", x, seed, layer, float(keep))
+        return numba_impl.erode_dropout(x, int(seed), int(layer), keep)
+    return _call("erode_dropout", x, seed, layer, keep)
 
 
 def _call(name: str, x: Tensor, *args: Any) -> Tensor:

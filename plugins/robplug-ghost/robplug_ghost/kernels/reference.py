@@ -1,4 +1,4 @@
-"""The definition of the kernels in plain PyTorch, forward and backward; what runs wherever Triton does not.
+"""The definition of the kernels in plain PyTorch, forward and backward; what runs where no kernel does.
 
 Random numbers are words of Philox4x32-10 (Salmon et al. 2011, section 3.3) with a ghost's seed as key, so that any of
 them can be had alone and anew. The last word of the counter says what for:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robplug.kernels import are_plain
 from robplug_nsloss.kernels import checks, reference
 
 
@@ -27,7 +28,7 @@ def parts_and_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tu
     To be called on the CPU as soon as a layer is computed: it is in the cache then, and Python is not, so that all that
     can wait is left for later.
     """
-    if clean.shape == noisy.shape and is_native(noisy, sums) and clean.stride() == noisy.stride():
+    if is_native(noisy, clean, sums) and clean.dtype == noisy.dtype and 0 <= draw < checks.DRAWS:
         return _cpu_kernels().accumulate_signs(clean, noisy, sums, draw)  # type: ignore[no-any-return]
     checks.accumulate_signs([clean], [noisy], [sums], draw)
     return reference.accumulate_one(clean, noisy, sums, draw)
@@ -35,16 +36,17 @@ def parts_and_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tu
 
 def added(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
     """Returns g + weight * signs / numel."""
-    if is_native(g, signs) and not torch.compiler.is_compiling():
+    if is_native(g, signs):
         return _cpu_kernels().add_signs(g, signs, weight)  # type: ignore[no-any-return]
     return call("add_signs", g, signs, weight)  # type: ignore[no-any-return]
 
 
-def is_native(x: Tensor, signs: Tensor) -> bool:
-    """Returns whether the kernels for the CPU can go over x and signs of it: laid out alike, and without gaps."""
+def is_native(x: Tensor, *others: Tensor) -> bool:
+    """Returns whether the kernels for the CPU can go over tensors together: x single, the last int8, laid out alike."""
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    alike = x.shape == signs.shape and x.stride() == signs.stride()
-    return dense and alike and x.is_cpu and x.dtype == torch.float32
+    alike = all(x.shape == other.shape and x.stride() == other.stride() for other in others)
+    single = x.dtype == torch.float32 and others[-1].dtype == torch.int8 and x.numel() > 0
+    return dense and alike and single and are_plain(x, *others)
 
 
 @functools.cache

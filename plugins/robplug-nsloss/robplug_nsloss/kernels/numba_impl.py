@@ -20,7 +20,7 @@ BLOCK = 2**12  # values that are summed up in single precision
 def accumulate_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
     """See `robplug_nsloss.kernels.reference.accumulate_one`; the three lie alike."""
     size = clean.numel()
-    signs, parts = torch.empty_like(sums), torch.empty(-(-size // BLOCK))
+    signs, parts = torch.empty_like(sums), clean.new_empty(-(-size // BLOCK))
     _accumulate(size, size, clean, noisy, sums, signs, parts, draw, 1 / size)
     return parts, signs
 

@@ -1,4 +1,4 @@
-"""The definition of the kernels in plain PyTorch, forward and backward; what runs wherever Triton does not.
+"""The definition of the kernels in plain PyTorch, forward and backward; what runs where no kernel does.
 
 Values are computed in float32, or in float64 where they are float64, and rounded once at the end. The layers of a
 network are worked on in parts that stay in a core's cache, so that no difference of two layers is ever held whole.

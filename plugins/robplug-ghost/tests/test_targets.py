@@ -161,6 +161,7 @@ def test_in_a_plan(tmp_path: Path) -> None:
         ],
         "datasets": [{"name": "digits", "samples": 16}],
         "threats": [{"norm": "linf", "eps": 0.15}],
+        "probes": 0,
         "attacks": [{"name": "robplug/pgd", "steps": 4}],
     }
     runs = [robplug.evaluate(plan, out=tmp_path / str(number)) for number in (1, 2)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 from robplug.cpu_kernels import Words, float32s, kernel, number, portion
@@ -16,7 +17,6 @@ from robplug_ghost.kernels.reference import (
     KEY_STEPS,
     MULTIPLIERS,
     ROUNDS,
-    accumulator,
     laid_out,
     threshold,
 )
@@ -29,11 +29,14 @@ FIRST_STEP, SECOND_STEP = (np.uint64(value) for value in KEY_STEPS)
 
 def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
     """See `robplug_ghost.kernels.reference.erode_dropout`; x is not float64."""
+    factors = x.new_empty(x.shape[1:], dtype=torch.float32)
     channels, positions = x.shape[1], math.prod(x.shape[2:])
-    factors = x.new_empty(x.shape[1:], dtype=accumulator(x))
     limit = threshold(keep) << (32 - BITS)
     _write_factors(channels * positions, channels, positions, factors, seed, layer, limit, 1 / keep)
-    return laid_out(x.to(accumulator(x)) * factors, x)
+    out = x * factors if x.dtype == torch.float32 else x.float() * factors
+    if out.dtype == x.dtype and out.stride() == x.stride() and x.is_contiguous():
+        return out
+    return laid_out(out, x)
 
 
 @kernel

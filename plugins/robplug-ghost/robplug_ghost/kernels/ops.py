@@ -7,6 +7,8 @@ dropout erosion, bit for bit the same. One check serves the implementation and t
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -96,12 +98,19 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
     Source: Li et al. 2020, Learning Transferable Adversarial Examples via Ghost Networks (dropout erosion).
     """
     keep = float(keep)
-    if are_plain(x) and x.dtype in SINGLE and x.numel():
-        from robplug_ghost.kernels import numba_impl  # its compiler takes half a second to import
-
+    if x.dtype in SINGLE and x.numel() and are_plain(x):
         checks.erode_dropout(x, seed, layer, keep)
-        return numba_impl.erode_dropout(x, int(seed), int(layer), keep)
+        out: Tensor = _cpu_kernels().erode_dropout(x, int(seed), int(layer), keep)
+        return out
     return _call("erode_dropout", x, seed, layer, keep)
+
+
+@functools.cache
+def _cpu_kernels() -> ModuleType:
+    """Returns the kernels for the CPU, whose compiler takes half a second to import."""
+    from robplug_ghost.kernels import numba_impl
+
+    return numba_impl
 
 
 def _call(name: str, x: Tensor, *args: Any) -> Tensor:

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import Struct
 from typing import Any
 
 import llvmlite.binding
@@ -43,6 +43,7 @@ FAST = {"contract", "reassoc", "nsz"}
 Words = Any
 """A pointer to the arguments' words."""
 
+FLOAT, FLOAT_AS_INT = Struct("d").pack, Struct("q").unpack
 WORDS = types.void(types.CPointer(types.int64))
 CALLED_ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 THE_ONLY_ONE = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda answer=answer: answer) for answer in (0, 1)]
@@ -63,7 +64,10 @@ class Kernel:
         self._function = function
 
     def __call__(self, values: int, *arguments: Tensor | int | float) -> None:
-        words = (ctypes.c_int64 * len(arguments))(*map(_word, arguments))
+        self.run(values, packed(*arguments))
+
+    def run(self, values: int, words: Any) -> None:
+        """Does what a call does, given the words of the arguments, which several kernels may have in common."""
         wanted = min(torch.get_num_threads(), max(1, values // GRAIN))
         parallel, address = _parallel(), self._address
         if wanted == 1 or parallel is None:
@@ -168,11 +172,16 @@ def int8s(address: int, size: int) -> Any:
     return numba.carray(_pointer(address), size, np.int8)
 
 
+def packed(*arguments: Tensor | int | float) -> Any:
+    """Returns the words of a kernel's arguments; the tensors must live until it has run."""
+    return (ctypes.c_int64 * len(arguments))(*[a if type(a) is int else _word(a) for a in arguments])
+
+
 def _word(argument: Tensor | int | float) -> int:
-    if isinstance(argument, int):
-        return argument
-    if isinstance(argument, float):
-        return int(struct.unpack("q", struct.pack("d", argument))[0])
+    if type(argument) is float:
+        return int(FLOAT_AS_INT(FLOAT(argument))[0])
+    if isinstance(argument, int | float):
+        raise TypeError(f"expected a tensor, an int or a float, got {type(argument).__name__}; convert it")
     address = argument.data_ptr()
     if not address:
         raise ValueError(f"expected a tensor with values in memory, got {type(argument).__name__} of {argument.shape}")

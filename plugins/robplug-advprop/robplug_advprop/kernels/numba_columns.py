@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, packed, portion
 from robplug_advprop.kernels.numba_channel import FORWARD, FORWARD_STEP, SINGLE, settle_forward
 from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, segments_of, wide_row
 
@@ -21,10 +21,9 @@ def forward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     wide, segments = wide_row(channels), segments_of(x, groups)
     sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
     lines = x.new_empty(2 * groups * wide)
-    everything = (groups, channels, *words, wide, sums, lines, segments)
-    _moments(x.numel(), *everything)
-    _settle_forward(x.numel(), *everything)
-    _lines(x.numel(), *everything)
+    everything = packed(groups, channels, *words, wide, sums, lines, segments)
+    for step in (_moments, _settle_forward, _lines):
+        step.run(x.numel(), everything)
 
 
 @kernel

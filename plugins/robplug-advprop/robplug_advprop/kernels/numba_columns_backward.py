@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, packed, portion
 from robplug_advprop.kernels.numba_channel import BACKWARD, BACKWARD_STEP, SINGLE, settle_backward
 from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, segments_of, wide_row
 
@@ -19,10 +19,9 @@ def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     wide, segments = wide_row(channels), segments_of(x, groups)
     sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
     planes = x.new_empty(3 * groups * wide)
-    everything = (groups, channels, *words, wide, sums, planes, segments)
-    _products(x.numel(), *everything)
-    _settle_backward(x.numel(), *everything)
-    _planes(x.numel(), *everything)
+    everything = packed(groups, channels, *words, wide, sums, planes, segments)
+    for step in (_products, _settle_backward, _planes):
+        step.run(x.numel(), everything)
 
 
 @kernel

@@ -1,6 +1,6 @@
 """A plugin's kernels for the CPU, where plain PyTorch makes passes too many: compiled by Numba, on PyTorch's threads.
 
-Between two tasks PyTorch's threads wait by spinning; a second pool of them, such as Numba's own, would fight with the
+Between two tasks PyTorch's threads wait by spinning; a second pool of them, such as Numba's own, would compete with the
 first for the cores. So a kernel is handed to the OpenMP library that PyTorch has loaded, which takes some microseconds.
 Where that has no ``GOMP_parallel``, as on macOS and Windows, a kernel runs on one thread.
 

@@ -77,6 +77,12 @@ def are_plain(*tensors: Tensor) -> bool:
 
 
 @functools.cache
+def cpu_kernels(reference: ModuleType) -> ModuleType:
+    """Returns ``numba_impl`` beside the reference, whose compiler takes half a second to import."""
+    return importlib.import_module(f"{reference.__name__.rpartition('.')[0]}.numba_impl")
+
+
+@functools.cache
 def cuda_kernels(reference: ModuleType) -> ModuleType:
     """Returns ``triton_impl`` beside the reference, or, said aloud, the reference where triton is not installed."""
     kernels = reference.__name__.rpartition(".")[0]

@@ -6,37 +6,28 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, packed, portion
+from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import FORWARD, FORWARD_STEP, SINGLE, settle_forward
-from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, segments_of, wide_row
+from robplug_advprop.kernels.numba_folds import block, fill, repeat, rows_of, run, segment
 
 HEAD = 16  # rows whose mean is close enough to that of all to be subtracted before squaring
 
 
 def forward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     """Normalises; the words are those of ``numba_channel``, and more behind them."""
-    wide, segments = wide_row(channels), segments_of(x, groups)
-    sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
-    lines = x.new_empty(2 * groups * wide)
-    everything = packed(groups, channels, *words, wide, sums, lines, segments)
-    for step in (_moments, _settle_forward, _lines):
-        step.run(x.numel(), everything)
+    run((_moments, _settle_forward, _lines), x, groups, channels, words, 2)
 
 
 @kernel
 def _moments(words: Words) -> None:
-    groups, channels, length, x = words[0], words[1], words[2], words[3]
+    groups, channels, x = words[0], words[1], words[3]
     wide, sums = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 1]
     segments = words[FORWARD + FORWARD_STEP * groups + 3]
     first, last = portion(groups * segments)
     for task in range(first, last):
-        group = FORWARD + FORWARD_STEP * (task // segments)
-        begin, end = segment(
-            task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments
-        )
+        _, begin, end = rows_of(words, task, FORWARD, FORWARD_STEP)
         here = float64s(sums + 8 * 2 * channels * task, 2 * channels)
         _moments_of_rows(x, begin, end, wide, here[:channels], here[channels:])
 
@@ -129,15 +120,13 @@ def _put_together(
 
 @kernel
 def _lines(words: Words) -> None:
-    groups, channels, length, x, out = words[0], words[1], words[2], words[3], words[4]
+    groups, channels, x, out = words[0], words[1], words[3], words[4]
     wide, lines = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 2]
     floor = np.float32(number(words[8]))
     segments = words[FORWARD + FORWARD_STEP * groups + 3]
     first, last = portion(groups * segments)
     for task in range(first, last):
-        k = task // segments
-        group = FORWARD + FORWARD_STEP * k
-        n, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+        k, n, end = rows_of(words, task, FORWARD, FORWARD_STEP)
         line = float32s(lines + SINGLE * 2 * k * wide, 2 * wide)
         while n < end:
             width, rows = block(n, end, channels, wide)

@@ -6,36 +6,28 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, packed, portion
+from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import BACKWARD, BACKWARD_STEP, SINGLE, settle_backward
-from robplug_advprop.kernels.numba_folds import block, fill, repeat, segment, segments_of, wide_row
+from robplug_advprop.kernels.numba_folds import block, fill, repeat, rows_of, run
 
 
 def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     """Writes gradients; the words are those of ``numba_channel``, and more behind them."""
-    wide, segments = wide_row(channels), segments_of(x, groups)
-    sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
-    planes = x.new_empty(3 * groups * wide)
-    everything = packed(groups, channels, *words, wide, sums, planes, segments)
-    for step in (_products, _settle_backward, _planes):
-        step.run(x.numel(), everything)
+    run((_products, _settle_backward, _planes), x, groups, channels, words, 3)
 
 
 @kernel
 def _products(words: Words) -> None:
-    groups, channels, length, g, x, gate = words[0], words[1], words[2], words[3], words[4], words[5]
+    groups, channels, g, x, gate = words[0], words[1], words[3], words[4], words[5]
     wide, sums = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 1]
     floor = np.float32(number(words[6]))
     total, product, mean = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
     segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
     first, last = portion(groups * segments)
     for task in range(first, last):
-        k = task // segments
-        group = BACKWARD + BACKWARD_STEP * k
-        n, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+        k, n, end = rows_of(words, task, BACKWARD, BACKWARD_STEP)
         by_bias = float64s(sums + 8 * 2 * channels * task, channels)
         by_product = float64s(sums + 8 * (2 * channels * task + channels), channels)
         fill(by_bias, 0)
@@ -105,15 +97,13 @@ def _settle_backward(words: Words) -> None:
 
 @kernel
 def _planes(words: Words) -> None:
-    groups, channels, length, g, x, gate, out = words[0], words[1], words[2], words[3], words[4], words[5], words[9]
+    groups, channels, g, x, gate, out = words[0], words[1], words[3], words[4], words[5], words[9]
     wide, planes = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 2]
     floor = np.float32(number(words[6]))
     segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
     first, last = portion(groups * segments)
     for task in range(first, last):
-        k = task // segments
-        group = BACKWARD + BACKWARD_STEP * k
-        n, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+        k, n, end = rows_of(words, task, BACKWARD, BACKWARD_STEP)
         plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
         while n < end:
             width, rows = block(n, end, channels, wide)

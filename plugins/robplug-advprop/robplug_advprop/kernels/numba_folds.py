@@ -5,10 +5,14 @@ A group's rows are cut into segments, whose sums are put together afterwards: as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
+import torch
 from torch import Tensor
+
+from robplug.cpu_kernels import Kernel, packed
 
 SEGMENTS = 16  # of a group at most
 SHARE = 2**16  # values that a segment should have
@@ -16,14 +20,31 @@ WIDE = 512  # values that a row should have
 BLOCK = 64  # rows whose sums single precision can hold
 
 
-def wide_row(channels: int) -> int:
-    """Returns the number of values of a wide row: some rows' worth."""
-    return channels * max(1, WIDE // channels)
+def run(
+    steps: Sequence[Kernel], x: Tensor, groups: int, channels: int, words: Sequence[Any], coefficients: int
+) -> None:
+    """Runs kernels one after the other; behind their words they have the width of a fold, room and the segments.
+
+    The room is for two sums a channel of each segment, and for some coefficients a channel of each group.
+    """
+    wide = channels * max(1, WIDE // channels)
+    segments = max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
+    sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
+    lines = x.new_empty(coefficients * groups * wide)
+    everything = packed(groups, channels, *words, wide, sums, lines, segments)
+    for step in steps:
+        step.run(x.numel(), everything)
 
 
-def segments_of(x: Tensor, groups: int) -> int:
-    """Returns into how many segments the rows of each group are cut."""
-    return max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
+@numba.njit
+def rows_of(words: Any, task: int, first: int, step: int) -> tuple[int, int, int]:
+    """Returns the group of a task, its first row and the one behind its last; groups' words begin at first."""
+    groups, channels, length = words[0], words[1], words[2]
+    wide, segments = words[first + step * groups], words[first + step * groups + 3]
+    k = task // segments
+    group = first + step * k
+    begin, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
+    return k, begin, end
 
 
 @numba.njit

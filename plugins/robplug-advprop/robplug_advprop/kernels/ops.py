@@ -7,16 +7,14 @@ Each check is one function that serves both the implementation and the fake one,
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robplug.kernels import are_plain, operator
+from robplug.kernels import are_plain, cpu_kernels, operator
 from robplug_advprop.kernels import checks, reference
 
 Rows = Tensor | Sequence[Tensor]
@@ -98,14 +96,6 @@ def _is_native(x: Tensor, groups: int, eps: float, momentum: Sequence[Momentum],
     written = [row for some in rows[2:] if some is not None for row in some]
     shared = len({row.data_ptr() for row in written}) < len(written)
     return fit and not shared and not any(row.is_inference() for row in written)
-
-
-@functools.cache
-def _cpu_kernels() -> ModuleType:
-    """Returns the kernels for the CPU, whose compiler takes half a second to import."""
-    from robplug_advprop.kernels import numba_impl
-
-    return numba_impl
 
 
 def _stacked(rows: Rows) -> Tensor:
@@ -197,7 +187,9 @@ class _Native(torch.autograd.Function):
         *affine: Tensor,
     ) -> Tensor:
         weight, bias = affine[: len(sizes)], affine[len(sizes) :]
-        out, mean, inverse = _cpu_kernels().mixture_batch_norm(x, sizes, eps, relu, momentum, running, weight, bias)
+        out, mean, inverse = cpu_kernels(reference).mixture_batch_norm(
+            x, sizes, eps, relu, momentum, running, weight, bias
+        )
         for row in (row for rows in running if rows is not None for row in rows):
             torch.autograd.graph.increment_version(row)
         ctx.sizes, ctx.eps = sizes, eps
@@ -212,5 +204,5 @@ class _Native(torch.autograd.Function):
             found = reference.gradients(g, x, torch.stack(weight), out, ctx.sizes, ctx.eps)
         else:
             laid = g if g.stride() == x.stride() and are_plain(g) else torch.empty_like(x).copy_(g)
-            found = _cpu_kernels().mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, mean, inverse)
+            found = cpu_kernels(reference).mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, mean, inverse)
         return found[0], None, None, None, None, None, *found[1], *found[2]

@@ -7,14 +7,12 @@ dropout erosion, bit for bit the same. One check serves the implementation and t
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robplug.kernels import are_plain, operator
+from robplug.kernels import are_plain, cpu_kernels, operator
 from robplug_ghost.kernels import checks, reference
 
 SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,17 +98,9 @@ def erode_dropout(x: Tensor, seed: int, layer: int, keep: float) -> Tensor:
     keep = float(keep)
     if x.dtype in SINGLE and x.numel() and are_plain(x):
         checks.erode_dropout(x, seed, layer, keep)
-        out: Tensor = _cpu_kernels().erode_dropout(x, int(seed), int(layer), keep)
+        out: Tensor = cpu_kernels(reference).erode_dropout(x, int(seed), int(layer), keep)
         return out
     return _call("erode_dropout", x, seed, layer, keep)
-
-
-@functools.cache
-def _cpu_kernels() -> ModuleType:
-    """Returns the kernels for the CPU, whose compiler takes half a second to import."""
-    from robplug_ghost.kernels import numba_impl
-
-    return numba_impl
 
 
 def _call(name: str, x: Tensor, *args: Any) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robplug.kernels import are_plain
+from robplug.kernels import are_plain, cpu_kernels
 from robplug_nsloss.kernels import checks, reference
 
 
@@ -29,7 +27,7 @@ def parts_and_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tu
     can wait is left for later.
     """
     if is_native(noisy, clean, sums) and clean.dtype == noisy.dtype and 0 <= draw < checks.DRAWS:
-        return _cpu_kernels().accumulate_signs(clean, noisy, sums, draw)  # type: ignore[no-any-return]
+        return cpu_kernels(reference).accumulate_signs(clean, noisy, sums, draw)  # type: ignore[no-any-return]
     checks.accumulate_signs([clean], [noisy], [sums], draw)
     return reference.accumulate_one(clean, noisy, sums, draw)
 
@@ -37,7 +35,7 @@ def parts_and_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tu
 def added(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
     """Returns g + weight * signs / numel."""
     if is_native(g, signs):
-        return _cpu_kernels().add_signs(g, signs, weight)  # type: ignore[no-any-return]
+        return cpu_kernels(reference).add_signs(g, signs, weight)  # type: ignore[no-any-return]
     return call("add_signs", g, signs, weight)  # type: ignore[no-any-return]
 
 
@@ -47,11 +45,3 @@ def is_native(x: Tensor, *others: Tensor) -> bool:
     alike = all(x.shape == other.shape and x.stride() == other.stride() for other in others)
     single = x.dtype == torch.float32 and others[-1].dtype == torch.int8 and x.numel() > 0
     return dense and alike and single and are_plain(x, *others)
-
-
-@functools.cache
-def _cpu_kernels() -> ModuleType:
-    """Returns the kernels for the CPU, whose compiler takes half a second to import."""
-    from robplug_nsloss.kernels import numba_impl
-
-    return numba_impl

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, fetch, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import FORWARD, FORWARD_STEP, SINGLE, settle_forward
 from robplug_advprop.kernels.numba_folds import block, fill, repeat, rows_of, run, segment
 
@@ -50,8 +50,7 @@ def _moments_of_rows(x: int, begin: int, end: int, wide: int, mean: Any, squares
         width, rows = block(n, end, channels, wide)
         fill(total, 0)
         fill(square, 0)
-        values = float32s(x + SINGLE * n * channels, rows * width)
-        _deviations(values, shift[:width], total[:width], square[:width])
+        _deviations(x + SINGLE * n * channels, rows, shift[:width], total[:width], square[:width])
         for at in range(0, width, channels):
             for j in range(channels):
                 mean[j] += total[at + j]
@@ -63,18 +62,19 @@ def _moments_of_rows(x: int, begin: int, end: int, wide: int, mean: Any, squares
 
 
 @numba.njit(fastmath=FAST)
-def _deviations(x: Any, shift: Any, total: Any, square: Any) -> None:
+def _deviations(x: int, rows: int, shift: Any, total: Any, square: Any) -> None:
     """Adds the deviations from shift, and their squares; two rows at once, which halves what is loaded and stored."""
     width = shift.size
-    rows = x.size // width
     for n in range(0, rows - 1, 2):
-        first, second = x[n * width : (n + 1) * width], x[(n + 1) * width : (n + 2) * width]
+        here = x + SINGLE * n * width
+        fetch(here + SINGLE * 2 * width, 2 * width)
+        first, second = float32s(here, width), float32s(here + SINGLE * width, width)
         for j in range(width):
             a, b = first[j] - shift[j], second[j] - shift[j]
             total[j] += a + b
             square[j] += a * a + b * b
     if rows % 2:
-        row = x[(rows - 1) * width :]
+        row = float32s(x + SINGLE * (rows - 1) * width, width)
         for j in range(width):
             a = row[j] - shift[j]
             total[j] += a
@@ -133,6 +133,8 @@ def _lines(words: Words) -> None:
             at = SINGLE * n * channels
             for row in range(rows):
                 here = at + SINGLE * row * width
+                fetch(x + here + SINGLE * 2 * width, width)
+                fetch(out + here + SINGLE * 2 * width, width)
                 _line(float32s(x + here, width), line[:wide], line[wide:], floor, float32s(out + here, width))
             n += rows * width // channels
 

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, float64s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, fetch, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import BACKWARD, BACKWARD_STEP, SINGLE, settle_backward
 from robplug_advprop.kernels.numba_folds import block, fill, repeat, rows_of, run
 
@@ -40,10 +40,8 @@ def _products(words: Words) -> None:
             width, rows = block(n, end, channels, wide)
             fill(total, 0)
             fill(product, 0)
-            here, size = SINGLE * n * channels, rows * width
-            _add_products(
-                float32s(g + here, size), float32s(x + here, size), mean[:width],
-                float32s(gate + here, size), floor, total, product)  # fmt: skip
+            here = SINGLE * n * channels
+            _add_products(g + here, x + here, gate + here, rows, mean[:width], floor, total, product)
             for at in range(0, width, channels):
                 for j in range(channels):
                     by_bias[j] += total[at + j]
@@ -52,24 +50,27 @@ def _products(words: Words) -> None:
 
 
 @numba.njit(fastmath=FAST)
-def _add_products(g: Any, x: Any, mean: Any, gate: Any, floor: Any, total: Any, product: Any) -> None:
+def _add_products(g: int, x: int, gate: int, rows: int, mean: Any, floor: Any, total: Any, product: Any) -> None:
     """Adds what passes of g, and its products with x - mean; two rows at once."""
     width = mean.size
-    rows = g.size // width
     for n in range(0, rows - 1, 2):
-        one, two, end = n * width, (n + 1) * width, (n + 2) * width
-        g1, g2, x1, x2, gate1, gate2 = g[one:two], g[two:end], x[one:two], x[two:end], gate[one:two], gate[two:end]
+        one, two = SINGLE * n * width, SINGLE * (n + 1) * width
+        for values in (g, x, gate):
+            fetch(values + one + SINGLE * 2 * width, 2 * width)
+        g1, x1, gate1 = float32s(g + one, width), float32s(x + one, width), float32s(gate + one, width)
+        g2, x2, gate2 = float32s(g + two, width), float32s(x + two, width), float32s(gate + two, width)
         for j in range(width):
             first = np.float32(0) if gate1[j] <= floor else g1[j]
             second = np.float32(0) if gate2[j] <= floor else g2[j]
             total[j] += first + second
             product[j] += first * (x1[j] - mean[j]) + second * (x2[j] - mean[j])
     if rows % 2:
-        g, x, gate = g[(rows - 1) * width :], x[(rows - 1) * width :], gate[(rows - 1) * width :]
+        last = SINGLE * (rows - 1) * width
+        g1, x1, gate1 = float32s(g + last, width), float32s(x + last, width), float32s(gate + last, width)
         for j in range(width):
-            first = np.float32(0) if gate[j] <= floor else g[j]
+            first = np.float32(0) if gate1[j] <= floor else g1[j]
             total[j] += first
-            product[j] += first * (x[j] - mean[j])
+            product[j] += first * (x1[j] - mean[j])
 
 
 @kernel
@@ -109,6 +110,8 @@ def _planes(words: Words) -> None:
             width, rows = block(n, end, channels, wide)
             for row in range(rows):
                 here = SINGLE * (n * channels + row * width)
+                for values in (g, x, gate, out):
+                    fetch(values + here + SINGLE * 2 * width, width)
                 _plane(
                     float32s(g + here, width), float32s(x + here, width), plane, wide,
                     float32s(gate + here, width), floor, float32s(out + here, width))  # fmt: skip

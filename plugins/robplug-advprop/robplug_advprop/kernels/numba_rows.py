@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, fetch, float32s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import (
     BACKWARD,
     BACKWARD_STEP,
@@ -25,6 +25,8 @@ from robplug_advprop.kernels.numba_folds import fill
 CACHE = 2**16  # values that stay in a core's cache
 MOST = 64  # channels of a task
 PIECE = 2**12  # values whose sum single precision can hold
+SHORT = 2**10  # values of a row whose end comes before the processor sees that it is to fetch
+AHEAD = 2**12  # bytes from what is worked on to what is fetched
 
 
 def forward(x: Tensor, *words: Any) -> None:
@@ -55,6 +57,7 @@ def _forward(words: Words) -> None:
         for n in range(size):
             for j in range(span):
                 here = at + n * step + SINGLE * length * j
+                _fetch_rows((out + here,), length)
                 _line(float32s(x + here, length), slope[j], offset[j], floor, float32s(out + here, length))
         first += span
 
@@ -80,6 +83,7 @@ def _backward(words: Words) -> None:
                 here = at + n * step + SINGLE * length * j
                 for piece in range(0, length, PIECE):
                     there, rest = here + SINGLE * piece, min(PIECE, length - piece)
+                    _fetch_rows((g + there, x + there, gate + there), rest)
                     slopes, row, gates = _three(g + there, x + there, gate + there, rest)
                     sums = _products(slopes, row, mean[j], gates, floor)
                     by_bias[j] += sums[0]
@@ -88,6 +92,7 @@ def _backward(words: Words) -> None:
         for n in range(size):
             for j in range(span):
                 here = at + n * step + SINGLE * length * j
+                _fetch_rows((out + here,), length)
                 slopes, row, gates = _three(g + here, x + here, gate + here, length)
                 _plane(slopes, row, along_g[j], along_x[j], offset[j], gates, floor, float32s(out + here, length))
         first += span
@@ -100,6 +105,13 @@ def _span(values: int, left: int) -> int:
 
 
 @numba.njit
+def _fetch_rows(rows: Any, length: int) -> None:
+    if length <= SHORT:
+        for row in rows:
+            fetch(row + AHEAD, length)
+
+
+@numba.njit
 def _moments(x: int, step: int, size: int, length: int) -> tuple[float, float]:
     """Returns mean and sum of the squared deviations from it.
 
@@ -108,7 +120,9 @@ def _moments(x: int, step: int, size: int, length: int) -> tuple[float, float]:
     total, deviations, squares, count = 0.0, 0.0, 0.0, size * length
     for n in range(size):
         for at in range(0, length, PIECE):
-            total += _sum(float32s(x + n * step + SINGLE * at, min(PIECE, length - at)))
+            here, rest = x + n * step + SINGLE * at, min(PIECE, length - at)
+            _fetch_rows((here,), rest)
+            total += _sum(float32s(here, rest))
     centre = np.float32(total / count)
     for n in range(size):
         for at in range(0, length, PIECE):

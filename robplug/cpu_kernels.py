@@ -48,10 +48,12 @@ Words = Any
 FLOAT, FLOAT_AS_INT = Struct("d").pack, Struct("q").unpack
 WORDS = types.void(types.CPointer(types.int64))
 CALLED_ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-THE_ONLY_ONE = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda answer=answer: answer) for answer in (0, 1)]
+THE_ONLY_ONE = [ctypes.CFUNCTYPE(ctypes.c_int)(lambda answer=answer: answer) for answer in (0, 1, 0)]
 
 thread = types.ExternalFunction("robplug_thread", types.int32())
 threads = types.ExternalFunction("robplug_threads", types.int32())
+barrier = types.ExternalFunction("robplug_barrier", types.void())
+"""In a kernel: waits until all threads have come here, so that what they wrote can be read."""
 
 
 class Kernel:
@@ -66,10 +68,7 @@ class Kernel:
         self._function = function
 
     def __call__(self, values: int, *arguments: Tensor | int | float) -> None:
-        self.run(values, packed(*arguments))
-
-    def run(self, values: int, words: Any) -> None:
-        """Does what a call does, given the words of the arguments, which several kernels may have in common."""
+        words = _words(arguments)
         wanted = min(torch.get_num_threads(), max(1, values // GRAIN))
         parallel, address = _parallel(), self._address
         if wanted == 1 or parallel is None:
@@ -107,10 +106,10 @@ def _parallel() -> Any:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     openmp = ctypes.CDLL(str(library)) if library.exists() else None  # with the symbols of what it was linked with
     parallel = getattr(openmp, "GOMP_parallel", None)
-    theirs = "omp_get_thread_num", "omp_get_num_threads"
+    theirs = "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier"
     asked = [getattr(openmp, name) for name in theirs] if parallel else THE_ONLY_ONE
-    for name, function in zip(("robplug_thread", "robplug_threads"), asked, strict=True):
-        llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    for name, function in zip((thread, threads, barrier), asked, strict=True):
+        llvmlite.binding.add_symbol(name.symbol, ctypes.cast(function, ctypes.c_void_p).value)
     if parallel:
         parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return parallel
@@ -198,17 +197,18 @@ def int8s(address: int, size: int) -> Any:
     return numba.carray(_pointer(address), size, np.int8)
 
 
-def packed(*arguments: Tensor | int | float) -> Any:
+def _words(arguments: tuple[Tensor | int | float, ...]) -> Any:
     """Returns the words of a kernel's arguments; the tensors must live until it has run."""
-    return (ctypes.c_int64 * len(arguments))(*[a if type(a) is int else _word(a) for a in arguments])
+    try:  # in one go: this is a part of the time of a small layer
+        words = [
+            a if type(a) is int else FLOAT_AS_INT(FLOAT(a))[0] if type(a) is float else a.data_ptr() or _refuse(a)
+            for a in arguments
+        ]
+    except AttributeError:
+        kinds = ", ".join(type(argument).__name__ for argument in arguments)
+        raise TypeError(f"expected tensors, ints and floats, got {kinds}; convert what is something else") from None
+    return (ctypes.c_int64 * len(words))(*words)
 
 
-def _word(argument: Tensor | int | float) -> int:
-    if type(argument) is float:
-        return int(FLOAT_AS_INT(FLOAT(argument))[0])
-    if isinstance(argument, int | float):
-        raise TypeError(f"expected a tensor, an int or a float, got {type(argument).__name__}; convert it")
-    address = argument.data_ptr()
-    if not address:
-        raise ValueError(f"expected a tensor with values in memory, got {type(argument).__name__} of {argument.shape}")
-    return address
+def _refuse(argument: Tensor) -> int:
+    raise ValueError(f"expected a tensor with values in memory, got {type(argument).__name__} of {argument.shape}")

@@ -67,13 +67,12 @@ def are_plain(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and all(
-        type(tensor) in (Tensor, Parameter)
-        and tensor.is_cpu
-        and tensor.layout == torch.strided
-        and not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
-        for tensor in tensors
-    )
+    for tensor in tensors:  # all() of an expression would take twice as long
+        if type(tensor) not in (Tensor, Parameter) or not tensor.is_cpu or tensor.layout != torch.strided:
+            return False
+        if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor():
+            return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 @functools.cache

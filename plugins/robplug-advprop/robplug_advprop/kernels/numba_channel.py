@@ -1,9 +1,9 @@
 """What is done for each channel of a group, once its sums are known.
 
-The kernels have their words in common. Forward: K, C, P, x, out, mean, inverse, eps, floor, and from FORWARD on, for
-each group, its first sample, its size, weight, bias, running mean, running variance and momentum. Backward: K, C, P, g,
-x, gate, floor, mean, inverse, and the gradients of x, weight and bias, and from BACKWARD on, for each group, its first
-sample, its size and its weight.
+The kernels have their words in common. Forward: K, C, P, x, out, what is found (K means and then K inverse deviations),
+eps, floor, and from FORWARD on, for each group, its first sample, its size, weight, bias, running mean, running variance
+and momentum. Backward: K, C, P, g, x, gate, floor, what was found, and the gradients of x and of K weights and then K
+biases, and from BACKWARD on, for each group, its first sample, its size and its weight.
 
 A ReLU is a floor of 0; no ReLU is one of minus infinity, also where gradients pass a gate that is above the floor.
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from robplug.cpu_kernels import FAST, float32s, number
 
-FORWARD, FORWARD_STEP = 9, 7
-BACKWARD, BACKWARD_STEP = 12, 3
+FORWARD, FORWARD_STEP = 8, 7
+BACKWARD, BACKWARD_STEP = 10, 3
 SINGLE = 4  # bytes
 
 
@@ -37,14 +37,14 @@ def settle_forward(words: Any, k: int, begin: int, end: int, mean: Any, squares:
         slope: written, float32.
         offset: likewise.
     """
-    channels, group, size = words[1], FORWARD + FORWARD_STEP * k, end - begin
-    count, eps = words[group + 1] * words[2], number(words[7])
+    groups, channels, group, size = words[0], words[1], FORWARD + FORWARD_STEP * k, end - begin
+    count, eps = words[group + 1] * words[2], number(words[6])
     if words[group + 4]:
         _move(float32s(words[group + 4] + SINGLE * begin, size), mean, 1.0, number(words[group + 6]))
     if words[group + 5]:
         _move(float32s(words[group + 5] + SINGLE * begin, size), squares, 1 / (count - 1), number(words[group + 6]))
-    at = SINGLE * (k * channels + begin)
-    means, inverses = float32s(words[5] + at, size), float32s(words[6] + at, size)
+    at, half = SINGLE * (k * channels + begin), SINGLE * groups * channels
+    means, inverses = float32s(words[5] + at, size), float32s(words[5] + half + at, size)
     weight, bias = float32s(words[group + 2] + SINGLE * begin, size), float32s(words[group + 3] + SINGLE * begin, size)
     for j in range(size):
         squares[j] = 1 / math.sqrt(squares[j] / count + eps)
@@ -81,10 +81,11 @@ def settle_backward(
         along_x: likewise.
         offset: likewise.
     """
-    channels, group, size = words[1], BACKWARD + BACKWARD_STEP * k, end - begin
+    groups, channels, group, size = words[0], words[1], BACKWARD + BACKWARD_STEP * k, end - begin
     share, at = 1.0 / (words[group + 1] * words[2]), SINGLE * (k * channels + begin)
-    mean, inverse = float32s(words[7] + at, size), float32s(words[8] + at, size)
-    weights, biases = float32s(words[10] + at, size), float32s(words[11] + at, size)
+    half = SINGLE * groups * channels
+    mean, inverse = float32s(words[7] + at, size), float32s(words[7] + half + at, size)
+    weights, biases = float32s(words[9] + at, size), float32s(words[9] + half + at, size)
     weight = float32s(words[group + 2] + SINGLE * begin, size)
     for j in range(size):
         weights[j] = product[j] * inverse[j]

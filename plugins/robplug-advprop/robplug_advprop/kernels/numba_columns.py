@@ -8,19 +8,28 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, fetch, float32s, float64s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, barrier, fetch, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import FORWARD, FORWARD_STEP, SINGLE, settle_forward
-from robplug_advprop.kernels.numba_folds import block, fill, repeat, rows_of, run, segment
+from robplug_advprop.kernels.numba_folds import block, fill, folds_backwards, repeat, rows_of, run, segment
 
 HEAD = 16  # rows whose mean is close enough to that of all to be subtracted before squaring
 
 
 def forward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     """Normalises; the words are those of ``numba_channel``, and more behind them."""
-    run((_moments, _settle_forward, _lines), x, groups, channels, words, 2)
+    run(_forward, x, groups, channels, words, 2)
 
 
 @kernel
+def _forward(words: Words) -> None:
+    _moments(words)
+    barrier()
+    _settle(words)
+    barrier()
+    _lines(words)
+
+
+@numba.njit
 def _moments(words: Words) -> None:
     groups, channels, x = words[0], words[1], words[3]
     wide, sums = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 1]
@@ -81,22 +90,26 @@ def _deviations(x: int, rows: int, shift: Any, total: Any, square: Any) -> None:
             square[j] += a * a
 
 
-@kernel
-def _settle_forward(words: Words) -> None:
+@numba.njit
+def _settle(words: Words) -> None:
     groups, channels, length = words[0], words[1], words[2]
     behind = FORWARD + FORWARD_STEP * groups
     wide, sums, lines, segments = words[behind], words[behind + 1], words[behind + 2], words[behind + 3]
-    first, last = portion(channels)
-    mean, squares = np.empty(last - first, np.float64), np.empty(last - first, np.float64)
-    for k in range(groups):
+    means, more = np.empty(channels, np.float64), np.empty(channels, np.float64)
+    first, last = portion(groups * channels)  # so that most are of those whose rows this thread has gone through
+    while first < last:
+        k, begin = first // channels, first % channels
+        end = min(channels, begin + last - first)
         rows = words[FORWARD + FORWARD_STEP * k + 1] * length
         here = float64s(sums + 8 * 2 * channels * segments * k, 2 * channels * segments)
-        _put_together(here, segments, channels, first, rows, wide // channels, mean, squares)
+        mean, squares = means[begin:end], more[begin:end]
+        _put_together(here, segments, channels, begin, rows, wide // channels, mean, squares)
         slope = float32s(lines + SINGLE * 2 * k * wide, wide)
         offset = float32s(lines + SINGLE * (2 * k + 1) * wide, wide)
-        settle_forward(words, k, first, last, mean, squares, slope[first:last], offset[first:last])
-        repeat(slope, channels, first, last)
-        repeat(offset, channels, first, last)
+        settle_forward(words, k, begin, end, mean, squares, slope[begin:end], offset[begin:end])
+        repeat(slope, channels, begin, end)
+        repeat(offset, channels, begin, end)
+        first += end - begin
 
 
 @numba.njit(fastmath=FAST)
@@ -118,25 +131,21 @@ def _put_together(
             squares[j] += more[j] + (end - begin) * (means[j] - mean[j]) ** 2
 
 
-@kernel
+@numba.njit
 def _lines(words: Words) -> None:
     groups, channels, x, out = words[0], words[1], words[3], words[4]
     wide, lines = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 2]
-    floor = np.float32(number(words[8]))
+    floor = np.float32(number(words[7]))
     segments = words[FORWARD + FORWARD_STEP * groups + 3]
     first, last = portion(groups * segments)
-    for task in range(first, last):
-        k, n, end = rows_of(words, task, FORWARD, FORWARD_STEP)
+    for task in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
+        k, begin, end = rows_of(words, task, FORWARD, FORWARD_STEP)
         line = float32s(lines + SINGLE * 2 * k * wide, 2 * wide)
-        while n < end:
-            width, rows = block(n, end, channels, wide)
-            at = SINGLE * n * channels
-            for row in range(rows):
-                here = at + SINGLE * row * width
-                fetch(x + here + SINGLE * 2 * width, width)
-                fetch(out + here + SINGLE * 2 * width, width)
-                _line(float32s(x + here, width), line[:wide], line[wide:], floor, float32s(out + here, width))
-            n += rows * width // channels
+        for at in folds_backwards(begin * channels, end * channels, wide):
+            here, width = SINGLE * at, min(wide, end * channels - at)
+            fetch(x + here - SINGLE * 2 * wide, wide)
+            fetch(out + here - SINGLE * 2 * wide, wide)
+            _line(float32s(x + here, width), line[:wide], line[wide:], floor, float32s(out + here, width))
 
 
 @numba.njit(fastmath=FAST)

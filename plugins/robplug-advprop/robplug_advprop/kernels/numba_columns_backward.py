@@ -8,17 +8,26 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, fetch, float32s, float64s, kernel, number, portion
+from robplug.cpu_kernels import FAST, Words, barrier, fetch, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import BACKWARD, BACKWARD_STEP, SINGLE, settle_backward
-from robplug_advprop.kernels.numba_folds import block, fill, repeat, rows_of, run
+from robplug_advprop.kernels.numba_folds import block, fill, folds_backwards, repeat, rows_of, run
 
 
 def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
     """Writes gradients; the words are those of ``numba_channel``, and more behind them."""
-    run((_products, _settle_backward, _planes), x, groups, channels, words, 3)
+    run(_backward, x, groups, channels, words, 3)
 
 
 @kernel
+def _backward(words: Words) -> None:
+    _products(words)
+    barrier()
+    _settle(words)
+    barrier()
+    _planes(words)
+
+
+@numba.njit
 def _products(words: Words) -> None:
     groups, channels, g, x, gate = words[0], words[1], words[3], words[4], words[5]
     wide, sums = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 1]
@@ -73,49 +82,50 @@ def _add_products(g: int, x: int, gate: int, rows: int, mean: Any, floor: Any, t
             product[j] += first * (x1[j] - mean[j])
 
 
-@kernel
-def _settle_backward(words: Words) -> None:
+@numba.njit
+def _settle(words: Words) -> None:
     groups, channels = words[0], words[1]
     behind = BACKWARD + BACKWARD_STEP * groups
     wide, sums, planes, segments = words[behind], words[behind + 1], words[behind + 2], words[behind + 3]
-    first, last = portion(channels)
-    for k in range(groups):
+    first, last = portion(groups * channels)  # so that most are of those whose rows this thread has gone through
+    while first < last:
+        k, begin = first // channels, first % channels
+        end = min(channels, begin + last - first)
         here = float64s(sums + 8 * 2 * channels * segments * k, 2 * channels * segments)
+        by_bias, product = here[begin:end], here[channels + begin : channels + end]
         for at in range(2 * channels, here.size, 2 * channels):
-            for j in range(first, last):
-                here[j] += here[at + j]
-                here[channels + j] += here[at + channels + j]
-        by_bias, product = here[first:last], here[channels + first : channels + last]
+            more, others = here[at + begin : at + end], here[at + channels + begin : at + channels + end]
+            for j in range(end - begin):
+                by_bias[j] += more[j]
+                product[j] += others[j]
         plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
         along_g, along_x, offset = plane[:wide], plane[wide : 2 * wide], plane[2 * wide :]
         settle_backward(
-            words, k, first, last, by_bias, product, along_g[first:last], along_x[first:last], offset[first:last]
+            words, k, begin, end, by_bias, product, along_g[begin:end], along_x[begin:end], offset[begin:end]
         )
-        repeat(along_g, channels, first, last)
-        repeat(along_x, channels, first, last)
-        repeat(offset, channels, first, last)
+        repeat(along_g, channels, begin, end)
+        repeat(along_x, channels, begin, end)
+        repeat(offset, channels, begin, end)
+        first += end - begin
 
 
-@kernel
+@numba.njit
 def _planes(words: Words) -> None:
-    groups, channels, g, x, gate, out = words[0], words[1], words[3], words[4], words[5], words[9]
+    groups, channels, g, x, gate, out = words[0], words[1], words[3], words[4], words[5], words[8]
     wide, planes = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 2]
     floor = np.float32(number(words[6]))
     segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
     first, last = portion(groups * segments)
-    for task in range(first, last):
-        k, n, end = rows_of(words, task, BACKWARD, BACKWARD_STEP)
+    for task in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
+        k, begin, end = rows_of(words, task, BACKWARD, BACKWARD_STEP)
         plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
-        while n < end:
-            width, rows = block(n, end, channels, wide)
-            for row in range(rows):
-                here = SINGLE * (n * channels + row * width)
-                for values in (g, x, gate, out):
-                    fetch(values + here + SINGLE * 2 * width, width)
-                _plane(
-                    float32s(g + here, width), float32s(x + here, width), plane, wide,
-                    float32s(gate + here, width), floor, float32s(out + here, width))  # fmt: skip
-            n += rows * width // channels
+        for at in folds_backwards(begin * channels, end * channels, wide):
+            here, width = SINGLE * at, min(wide, end * channels - at)
+            for values in (g, x, gate, out):
+                fetch(values + here - SINGLE * 2 * wide, wide)
+            _plane(
+                float32s(g + here, width), float32s(x + here, width), plane, wide,
+                float32s(gate + here, width), floor, float32s(out + here, width))  # fmt: skip
 
 
 @numba.njit(fastmath=FAST)

@@ -12,7 +12,7 @@ import numba
 import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import Kernel, packed
+from robplug.cpu_kernels import Kernel
 
 SEGMENTS = 16  # of a group at most
 SHARE = 2**16  # values that a segment should have
@@ -20,20 +20,16 @@ WIDE = 512  # values that a row should have
 BLOCK = 64  # rows whose sums single precision can hold
 
 
-def run(
-    steps: Sequence[Kernel], x: Tensor, groups: int, channels: int, words: Sequence[Any], coefficients: int
-) -> None:
-    """Runs kernels one after the other; behind their words they have the width of a fold, room and the segments.
+def run(step: Kernel, x: Tensor, groups: int, channels: int, words: Sequence[Any], coefficients: int) -> None:
+    """Runs a kernel; behind its words it has the width of a fold, room, room and the number of segments.
 
     The room is for two sums a channel of each segment, and for some coefficients a channel of each group.
     """
     wide = channels * max(1, WIDE // channels)
     segments = max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
-    sums = x.new_empty(groups * segments * 2 * channels, dtype=torch.float64)
-    lines = x.new_empty(coefficients * groups * wide)
-    everything = packed(groups, channels, *words, wide, sums, lines, segments)
-    for step in steps:
-        step.run(x.numel(), everything)
+    sums = torch.empty(groups * segments * 2 * channels, dtype=torch.float64, device=x.device)
+    lines = torch.empty(coefficients * groups * wide, dtype=x.dtype, device=x.device)
+    step(x.numel(), groups, channels, *words, wide, sums, lines, segments)
 
 
 @numba.njit
@@ -60,6 +56,12 @@ def block(n: int, end: int, channels: int, wide: int) -> tuple[int, int]:
     """Returns width and number of the rows that are added up next: wide ones while there are any."""
     width = wide if (end - n) * channels >= wide else channels
     return width, min(BLOCK, (end - n) * channels // width)
+
+
+@numba.njit
+def folds_backwards(begin: int, end: int, wide: int) -> range:
+    """Returns where folds begin between two values, from the last, which may be shorter, to the first."""
+    return range(begin + (end - begin - 1) // wide * wide, begin - 1, -wide)
 
 
 @numba.njit

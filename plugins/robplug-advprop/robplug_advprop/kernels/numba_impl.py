@@ -28,8 +28,8 @@ def mixture_batch_norm(
     running: Sequence[Rows | None],
     weight: Rows,
     bias: Rows,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the result, and mean and 1 / sqrt(variance + eps), (K, C); updates the running statistics.
+) -> tuple[Tensor, Tensor]:
+    """Returns the result, and the K means and K 1 / sqrt(variance + eps), (2 K, C); updates the running statistics.
 
     Args:
         x: (N, C, ...), contiguous or channels last, as are results and gradients of its shape.
@@ -41,19 +41,19 @@ def mixture_batch_norm(
         weight: of each group.
         bias: likewise.
     """
-    out, mean, inverse = torch.empty_like(x), *x.new_empty(2, len(sizes), x.shape[1]).unbind()
+    out, found = torch.empty_like(x), torch.empty(2 * len(sizes), x.shape[1], dtype=x.dtype, device=x.device)
     means, variances = (rows or [0] * len(sizes) for rows in running)
     groups = zip(_starts(sizes), sizes, weight, bias, means, variances, momentum, strict=True)
     floor = 0.0 if relu else -math.inf
     forward = numba_rows.forward if _has_rows(x) else numba_columns.forward
-    forward(x, *_shape(x, sizes), x, out, mean, inverse, eps, floor, *chain.from_iterable(groups))
-    return out, mean, inverse
+    forward(x, *_shape(x, sizes), x, out, found, eps, floor, *chain.from_iterable(groups))
+    return out, found
 
 
 def mixture_batch_norm_backward(
-    g: Tensor, x: Tensor, out: Tensor | None, sizes: list[int], weight: Rows, mean: Tensor, inverse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients with respect to x, and to weight and bias, (K, C).
+    g: Tensor, x: Tensor, out: Tensor | None, sizes: list[int], weight: Rows, found: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients with respect to x, and to the K weights and K biases, (2 K, C).
 
     Args:
         g: of the result.
@@ -61,15 +61,14 @@ def mixture_batch_norm_backward(
         out: the result if it went through a ReLU, which passes a gradient where it is positive; else None.
         sizes: of the K groups.
         weight: of each group.
-        mean: as the forward pass returned it.
-        inverse: likewise.
+        found: what the forward pass returned beside its result.
     """
-    by_x, by_weight, by_bias = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    by_x, by_rows = torch.empty_like(x), torch.empty_like(found)
     gate = (x, -math.inf) if out is None else (out, 0.0)
     groups = chain.from_iterable(zip(_starts(sizes), sizes, weight, strict=True))
     backward = numba_rows.backward if _has_rows(x) else numba_columns_backward.backward
-    backward(x, *_shape(x, sizes), g, x, *gate, mean, inverse, by_x, by_weight, by_bias, *groups)
-    return by_x, by_weight, by_bias
+    backward(x, *_shape(x, sizes), g, x, *gate, found, by_x, by_rows, *groups)
+    return by_x, by_rows
 
 
 def _has_rows(x: Tensor) -> bool:

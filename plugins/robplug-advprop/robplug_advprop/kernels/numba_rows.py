@@ -42,7 +42,7 @@ def backward(x: Tensor, *words: Any) -> None:
 @kernel
 def _forward(words: Words) -> None:
     groups, channels, length, x, out = words[0], words[1], words[2], words[3], words[4]
-    floor = np.float32(number(words[8]))
+    floor = np.float32(number(words[7]))
     mean, squares = np.empty(MOST, np.float64), np.empty(MOST, np.float64)
     slope, offset = np.empty(MOST, np.float32), np.empty(MOST, np.float32)
     first, last = portion(groups * channels)
@@ -64,7 +64,7 @@ def _forward(words: Words) -> None:
 
 @kernel
 def _backward(words: Words) -> None:
-    groups, channels, length, g, x, gate, out = words[0], words[1], words[2], words[3], words[4], words[5], words[9]
+    groups, channels, length, g, x, gate, out = words[0], words[1], words[2], words[3], words[4], words[5], words[8]
     floor = np.float32(number(words[6]))
     by_bias, product = np.empty(MOST, np.float64), np.empty(MOST, np.float64)
     along_g, along_x = np.empty(MOST, np.float32), np.empty(MOST, np.float32)

@@ -65,12 +65,11 @@ def mixture_batch_norm(
     shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
     shape, dtype = (len(sizes), x.shape[1]), reference.accumulator(x)
     if _is_native(x, len(sizes), eps, shares, (weight, bias, running_mean, running_var)):
-        affine = [
+        scales, shifts = (
             x.new_full(shape, value).unbind() if rows is None else rows for rows, value in ((weight, 1), (bias, 0))
-        ]
-        running = tuple(None if rows is None else list(rows) for rows in (running_mean, running_var))
-        numbers = [int(size) for size in sizes], float(eps), bool(relu), [float(share) for share in shares]
-        out: Tensor = _Native.apply(x, *numbers, running, *affine[0], *affine[1])
+        )
+        settings = [int(size) for size in sizes], float(eps), bool(relu), [float(share) for share in shares]
+        out: Tensor = _Native.apply(x, (*settings, running_mean, running_var), *scales, *shifts)
         return out
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
@@ -89,13 +88,17 @@ def _is_native(x: Tensor, groups: int, eps: float, momentum: Sequence[Momentum],
         return False
     if not reference.is_dense(x) or not 0 <= eps < math.inf or len(momentum) != groups:
         return False
-    each = [row for some in rows if some is not None for row in some]
-    if any(some is not None and len(some) != groups for some in rows) or not are_plain(x, *each):
+    if any(some is not None and len(some) != groups for some in rows):
         return False
-    fit = all(row.shape == x.shape[1:2] and row.dtype == x.dtype and row.is_contiguous() for row in each)
+    each = [row for some in rows if some is not None for row in some]
+    if not are_plain(x, *each):
+        return False
+    channels = x.shape[1:2]
+    for row in each:
+        if row.shape != channels or row.dtype != torch.float32 or not row.is_contiguous():
+            return False
     written = [row for some in rows[2:] if some is not None for row in some]
-    shared = len({row.data_ptr() for row in written}) < len(written)
-    return fit and not shared and not any(row.is_inference() for row in written)
+    return len({row.data_ptr() for row in written}) == len(written) and not any(map(Tensor.is_inference, written))
 
 
 def _stacked(rows: Rows) -> Tensor:
@@ -179,30 +182,25 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        sizes: list[int],
-        eps: float,
-        relu: bool,
-        momentum: Sequence[float],
-        running: Sequence[Sequence[Tensor] | None],
+        settings: tuple[list[int], float, bool, list[float], Rows | None, Rows | None],
         *affine: Tensor,
     ) -> Tensor:
+        sizes, eps, relu, momentum, *running = settings
         weight, bias = affine[: len(sizes)], affine[len(sizes) :]
-        out, mean, inverse = cpu_kernels(reference).mixture_batch_norm(
-            x, sizes, eps, relu, momentum, running, weight, bias
-        )
-        for row in (row for rows in running if rows is not None for row in rows):
-            torch.autograd.graph.increment_version(row)
+        kept = [None if rows is None else list(rows) for rows in running]
+        out, found = cpu_kernels(reference).mixture_batch_norm(x, sizes, eps, relu, momentum, kept, weight, bias)
+        torch.autograd.graph.increment_version([row for rows in kept if rows is not None for row in rows])
         ctx.sizes, ctx.eps = sizes, eps
-        ctx.save_for_backward(x, out if relu else None, mean, inverse, *weight)
+        ctx.save_for_backward(x, out if relu else None, found, *weight)
         result: Tensor = out
         return result
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, out, mean, inverse, *weight = ctx.saved_tensors
+        x, out, found, *weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the derivative of this one
-            found = reference.gradients(g, x, torch.stack(weight), out, ctx.sizes, ctx.eps)
-        else:
-            laid = g if g.stride() == x.stride() and are_plain(g) else torch.empty_like(x).copy_(g)
-            found = cpu_kernels(reference).mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, mean, inverse)
-        return found[0], None, None, None, None, None, *found[1], *found[2]
+            by_x, by_weight, by_bias = reference.gradients(g, x, torch.stack(weight), out, ctx.sizes, ctx.eps)
+            return by_x, None, *by_weight.unbind(), *by_bias.unbind()
+        laid = g if g.stride() == x.stride() and are_plain(g) else torch.empty_like(x).copy_(g)
+        by_x, by_rows = cpu_kernels(reference).mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, found)
+        return by_x, None, *by_rows.unbind()

@@ -5,6 +5,7 @@ A group's rows are cut into segments, whose sums are put together afterwards: as
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from robplug.cpu_kernels import Kernel
 SEGMENTS = 16  # of a group at most
 SHARE = 2**16  # values that a segment should have
 WIDE = 512  # values that a row should have
+HERE, NONE = threading.local(), torch.empty(0)
 BLOCK = 64  # rows whose sums single precision can hold
 
 
@@ -27,9 +29,16 @@ def run(step: Kernel, x: Tensor, groups: int, channels: int, words: Sequence[Any
     """
     wide = channels * max(1, WIDE // channels)
     segments = max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
-    sums = torch.empty(groups * segments * 2 * channels, dtype=torch.float64, device=x.device)
-    lines = torch.empty(coefficients * groups * wide, dtype=x.dtype, device=x.device)
-    step(x.numel(), groups, channels, *words, wide, sums, lines, segments)
+    sums = groups * segments * 2 * channels
+    room = _room(sums + coefficients * groups * wide // 2 + 1).data_ptr()
+    step(x.numel(), groups, channels, *words, wide, room, room + 8 * sums, segments)
+
+
+def _room(size: int) -> Tensor:
+    """Returns memory for some float64 values: this thread's, as getting some would take as long as a small layer."""
+    if getattr(HERE, "room", NONE).numel() < size:
+        HERE.room = torch.empty(size, dtype=torch.float64, device="cpu")
+    return HERE.room
 
 
 @numba.njit

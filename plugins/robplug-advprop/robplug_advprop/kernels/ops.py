@@ -65,11 +65,10 @@ def mixture_batch_norm(
     shares = momentum if isinstance(momentum, Sequence) else [momentum] * len(sizes)
     shape, dtype = (len(sizes), x.shape[1]), reference.accumulator(x)
     if _is_native(x, len(sizes), eps, shares, (weight, bias, running_mean, running_var)):
-        scales, shifts = (
-            x.new_full(shape, value).unbind() if rows is None else rows for rows, value in ((weight, 1), (bias, 0))
-        )
-        settings = [int(size) for size in sizes], float(eps), bool(relu), [float(share) for share in shares]
-        out: Tensor = _Native.apply(x, (*settings, running_mean, running_var), *scales, *shifts)
+        scales = x.new_ones(shape).unbind() if weight is None else weight
+        shifts = x.new_zeros(shape).unbind() if bias is None else bias
+        settings = [*map(int, sizes)], float(eps), bool(relu), [*map(float, shares)], running_mean, running_var
+        out: Tensor = _native(x, settings, *scales, *shifts)
         return out
     scale = x.new_ones(shape, dtype=dtype) if weight is None else _stacked(weight).to(dtype)
     shift = x.new_zeros(shape, dtype=dtype) if bias is None else _stacked(bias).to(dtype)
@@ -204,3 +203,6 @@ class _Native(torch.autograd.Function):
         laid = g if g.stride() == x.stride() and are_plain(g) else torch.empty_like(x).copy_(g)
         by_x, by_rows = cpu_kernels(reference).mixture_batch_norm_backward(laid, x, out, ctx.sizes, weight, found)
         return by_x, None, *by_rows.unbind()
+
+
+_native = super(torch.autograd.Function, _Native).apply  # without a look for transforms, of which ``are_plain`` knows

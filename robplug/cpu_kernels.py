@@ -197,7 +197,7 @@ def int8s(address: int, size: int) -> Any:
     return numba.carray(_pointer(address), size, np.int8)
 
 
-def _words(arguments: tuple[Tensor | int | float, ...]) -> Any:
+def _words(arguments: tuple[Any, ...]) -> Any:
     """Returns the words of a kernel's arguments; the tensors must live until it has run."""
     try:  # in one go: this is a part of the time of a small layer
         words = [

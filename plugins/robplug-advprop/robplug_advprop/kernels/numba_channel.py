@@ -1,9 +1,9 @@
 """What is done for each channel of a group, once its sums are known.
 
-The kernels have their words in common. Forward: K, C, P, x, out, what is found (K means and then K inverse deviations),
-eps, floor, and from FORWARD on, for each group, its first sample, its size, weight, bias, running mean, running variance
-and momentum. Backward: K, C, P, g, x, gate, floor, what was found, and the gradients of x and of K weights and then K
-biases, and from BACKWARD on, for each group, its first sample, its size and its weight.
+The kernels have their words in common. Forward: K, C, P, x, out, what is found (K means and then K inverse
+deviations), eps, floor, and from FORWARD on, for each group, its first sample, its size, weight, bias, running mean,
+running variance and momentum. Backward: K, C, P, g, x, gate, floor, what was found, and the gradients of x and of K
+weights and then K biases, and from BACKWARD on, for each group, its first sample, its size and its weight.
 
 A ReLU is a floor of 0; no ReLU is one of minus infinity, also where gradients pass a gate that is above the floor.
 """

@@ -22,22 +22,23 @@ def forward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
 
 @kernel
 def _forward(words: Words) -> None:
-    _moments(words)
-    barrier()
-    _settle(words)
-    barrier()
-    _lines(words)
+    for k in range(words[0]):
+        _moments(words, k)
+        barrier()
+        _settle(words, k)
+        barrier()
+        _lines(words, k)
 
 
 @numba.njit
-def _moments(words: Words) -> None:
+def _moments(words: Words, k: int) -> None:
     groups, channels, x = words[0], words[1], words[3]
-    wide, sums = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 1]
-    segments = words[FORWARD + FORWARD_STEP * groups + 3]
-    first, last = portion(groups * segments)
-    for task in range(first, last):
-        _, begin, end = rows_of(words, task, FORWARD, FORWARD_STEP)
-        here = float64s(sums + 8 * 2 * channels * task, 2 * channels)
+    behind = FORWARD + FORWARD_STEP * groups
+    wide, sums, segments = words[behind], words[behind + 1], words[behind + 3]
+    first, last = portion(segments)
+    for part in range(first, last):
+        begin, end = rows_of(words, k, part, FORWARD, FORWARD_STEP)
+        here = float64s(sums + 8 * 2 * channels * part, 2 * channels)
         _moments_of_rows(x, begin, end, wide, here[:channels], here[channels:])
 
 
@@ -91,25 +92,18 @@ def _deviations(x: int, rows: int, shift: Any, total: Any, square: Any) -> None:
 
 
 @numba.njit
-def _settle(words: Words) -> None:
+def _settle(words: Words, k: int) -> None:
     groups, channels, length = words[0], words[1], words[2]
     behind = FORWARD + FORWARD_STEP * groups
-    wide, sums, lines, segments = words[behind], words[behind + 1], words[behind + 2], words[behind + 3]
-    means, more = np.empty(channels, np.float64), np.empty(channels, np.float64)
-    first, last = portion(groups * channels)  # so that most are of those whose rows this thread has gone through
-    while first < last:
-        k, begin = first // channels, first % channels
-        end = min(channels, begin + last - first)
-        rows = words[FORWARD + FORWARD_STEP * k + 1] * length
-        here = float64s(sums + 8 * 2 * channels * segments * k, 2 * channels * segments)
-        mean, squares = means[begin:end], more[begin:end]
-        _put_together(here, segments, channels, begin, rows, wide // channels, mean, squares)
-        slope = float32s(lines + SINGLE * 2 * k * wide, wide)
-        offset = float32s(lines + SINGLE * (2 * k + 1) * wide, wide)
-        settle_forward(words, k, begin, end, mean, squares, slope[begin:end], offset[begin:end])
-        repeat(slope, channels, begin, end)
-        repeat(offset, channels, begin, end)
-        first += end - begin
+    wide, segments = words[behind], words[behind + 3]
+    sums, lines = float64s(words[behind + 1], 2 * channels * segments), float32s(words[behind + 2], 2 * wide)
+    slope, offset, rows = lines[:wide], lines[wide:], words[FORWARD + FORWARD_STEP * k + 1] * length
+    first, last = portion(channels)
+    mean, squares = np.empty(last - first, np.float64), np.empty(last - first, np.float64)
+    _put_together(sums, segments, channels, first, rows, wide // channels, mean, squares)
+    settle_forward(words, k, first, last, mean, squares, slope[first:last], offset[first:last])
+    repeat(slope, channels, first, last)
+    repeat(offset, channels, first, last)
 
 
 @numba.njit(fastmath=FAST)
@@ -132,15 +126,14 @@ def _put_together(
 
 
 @numba.njit
-def _lines(words: Words) -> None:
+def _lines(words: Words, k: int) -> None:
     groups, channels, x, out = words[0], words[1], words[3], words[4]
-    wide, lines = words[FORWARD + FORWARD_STEP * groups], words[FORWARD + FORWARD_STEP * groups + 2]
-    floor = np.float32(number(words[7]))
-    segments = words[FORWARD + FORWARD_STEP * groups + 3]
-    first, last = portion(groups * segments)
-    for task in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
-        k, begin, end = rows_of(words, task, FORWARD, FORWARD_STEP)
-        line = float32s(lines + SINGLE * 2 * k * wide, 2 * wide)
+    behind = FORWARD + FORWARD_STEP * groups
+    wide, segments, floor = words[behind], words[behind + 3], np.float32(number(words[7]))
+    line = float32s(words[behind + 2], 2 * wide)
+    first, last = portion(segments)
+    for part in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
+        begin, end = rows_of(words, k, part, FORWARD, FORWARD_STEP)
         for at in folds_backwards(begin * channels, end * channels, wide):
             here, width = SINGLE * at, min(wide, end * channels - at)
             fetch(x + here - SINGLE * 2 * wide, wide)

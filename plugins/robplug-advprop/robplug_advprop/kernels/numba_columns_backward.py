@@ -20,37 +20,37 @@ def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
 
 @kernel
 def _backward(words: Words) -> None:
-    _products(words)
-    barrier()
-    _settle(words)
-    barrier()
-    _planes(words)
+    for k in range(words[0]):
+        _products(words, k)
+        barrier()
+        _settle(words, k)
+        barrier()
+        _planes(words, k)
 
 
 @numba.njit
-def _products(words: Words) -> None:
+def _products(words: Words, k: int) -> None:
     groups, channels, g, x, gate = words[0], words[1], words[3], words[4], words[5]
-    wide, sums = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 1]
-    floor = np.float32(number(words[6]))
+    behind = BACKWARD + BACKWARD_STEP * groups
+    wide, sums, segments, floor = words[behind], words[behind + 1], words[behind + 3], np.float32(number(words[6]))
     total, product, mean = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
-    segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
-    first, last = portion(groups * segments)
-    for task in range(first, last):
-        k, n, end = rows_of(words, task, BACKWARD, BACKWARD_STEP)
-        by_bias = float64s(sums + 8 * 2 * channels * task, channels)
-        by_product = float64s(sums + 8 * (2 * channels * task + channels), channels)
+    means = float32s(words[7] + SINGLE * k * channels, channels)
+    for j in range(channels):
+        mean[j] = means[j]
+    repeat(mean, channels, 0, channels)
+    first, last = portion(segments)
+    for part in range(first, last):
+        n, end = rows_of(words, k, part, BACKWARD, BACKWARD_STEP)
+        here = float64s(sums + 8 * 2 * channels * part, 2 * channels)
+        by_bias, by_product = here[:channels], here[channels:]
         fill(by_bias, 0)
         fill(by_product, 0)
-        means = float32s(words[7] + SINGLE * k * channels, channels)
-        for j in range(channels):
-            mean[j] = means[j]
-        repeat(mean, channels, 0, channels)
         while n < end:
             width, rows = block(n, end, channels, wide)
             fill(total, 0)
             fill(product, 0)
-            here = SINGLE * n * channels
-            _add_products(g + here, x + here, gate + here, rows, mean[:width], floor, total, product)
+            there = SINGLE * n * channels
+            _add_products(g + there, x + there, gate + there, rows, mean[:width], floor, total, product)
             for at in range(0, width, channels):
                 for j in range(channels):
                     by_bias[j] += total[at + j]
@@ -83,42 +83,35 @@ def _add_products(g: int, x: int, gate: int, rows: int, mean: Any, floor: Any, t
 
 
 @numba.njit
-def _settle(words: Words) -> None:
+def _settle(words: Words, k: int) -> None:
     groups, channels = words[0], words[1]
     behind = BACKWARD + BACKWARD_STEP * groups
-    wide, sums, planes, segments = words[behind], words[behind + 1], words[behind + 2], words[behind + 3]
-    first, last = portion(groups * channels)  # so that most are of those whose rows this thread has gone through
-    while first < last:
-        k, begin = first // channels, first % channels
-        end = min(channels, begin + last - first)
-        here = float64s(sums + 8 * 2 * channels * segments * k, 2 * channels * segments)
-        by_bias, product = here[begin:end], here[channels + begin : channels + end]
-        for at in range(2 * channels, here.size, 2 * channels):
-            more, others = here[at + begin : at + end], here[at + channels + begin : at + channels + end]
-            for j in range(end - begin):
-                by_bias[j] += more[j]
-                product[j] += others[j]
-        plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
-        along_g, along_x, offset = plane[:wide], plane[wide : 2 * wide], plane[2 * wide :]
-        settle_backward(
-            words, k, begin, end, by_bias, product, along_g[begin:end], along_x[begin:end], offset[begin:end]
-        )
-        repeat(along_g, channels, begin, end)
-        repeat(along_x, channels, begin, end)
-        repeat(offset, channels, begin, end)
-        first += end - begin
+    wide, segments = words[behind], words[behind + 3]
+    sums, plane = float64s(words[behind + 1], 2 * channels * segments), float32s(words[behind + 2], 3 * wide)
+    along_g, along_x, offset = plane[:wide], plane[wide : 2 * wide], plane[2 * wide :]
+    first, last = portion(channels)
+    by_bias, product = sums[first:last], sums[channels + first : channels + last]
+    for at in range(2 * channels, sums.size, 2 * channels):
+        more, others = sums[at + first : at + last], sums[at + channels + first : at + channels + last]
+        for j in range(last - first):
+            by_bias[j] += more[j]
+            product[j] += others[j]
+    settle_backward(
+        words, k, first, last, by_bias, product, along_g[first:last], along_x[first:last], offset[first:last]
+    )
+    for coefficients in (along_g, along_x, offset):
+        repeat(coefficients, channels, first, last)
 
 
 @numba.njit
-def _planes(words: Words) -> None:
+def _planes(words: Words, k: int) -> None:
     groups, channels, g, x, gate, out = words[0], words[1], words[3], words[4], words[5], words[8]
-    wide, planes = words[BACKWARD + BACKWARD_STEP * groups], words[BACKWARD + BACKWARD_STEP * groups + 2]
-    floor = np.float32(number(words[6]))
-    segments = words[BACKWARD + BACKWARD_STEP * groups + 3]
-    first, last = portion(groups * segments)
-    for task in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
-        k, begin, end = rows_of(words, task, BACKWARD, BACKWARD_STEP)
-        plane = float32s(planes + SINGLE * 3 * k * wide, 3 * wide)
+    behind = BACKWARD + BACKWARD_STEP * groups
+    wide, segments, floor = words[behind], words[behind + 3], np.float32(number(words[6]))
+    plane = float32s(words[behind + 2], 3 * wide)
+    first, last = portion(segments)
+    for part in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
+        begin, end = rows_of(words, k, part, BACKWARD, BACKWARD_STEP)
         for at in folds_backwards(begin * channels, end * channels, wide):
             here, width = SINGLE * at, min(wide, end * channels - at)
             for values in (g, x, gate, out):

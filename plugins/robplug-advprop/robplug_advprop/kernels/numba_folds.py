@@ -1,6 +1,7 @@
 """Rows of C channels, several of which in succession, a fold, count as one wide row, as short loops are slow.
 
-A group's rows are cut into segments, whose sums are put together afterwards: as many threads can work on a group.
+A group's rows are cut into segments, whose sums are put together afterwards: as many threads can work on a group. One
+group is finished before the next, as its values may still be in the cores' caches when they are gone over again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from robplug.cpu_kernels import Kernel
 
 SEGMENTS = 16  # of a group at most
-SHARE = 2**16  # values that a segment should have
+SHARE = 2**16  # values that a segment should have, or nearly twice as many
 WIDE = 512  # values that a row should have
 HERE, NONE = threading.local(), torch.empty(0)
 BLOCK = 64  # rows whose sums single precision can hold
@@ -25,12 +26,13 @@ BLOCK = 64  # rows whose sums single precision can hold
 def run(step: Kernel, x: Tensor, groups: int, channels: int, words: Sequence[Any], coefficients: int) -> None:
     """Runs a kernel; behind its words it has the width of a fold, room, room and the number of segments.
 
-    The room is for two sums a channel of each segment, and for some coefficients a channel of each group.
+    The room is for two sums a channel of each segment, and for some coefficients a channel.
     """
     wide = channels * max(1, WIDE // channels)
-    segments = max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
-    sums = groups * segments * 2 * channels
-    room = _room(sums + coefficients * groups * wide // 2 + 1).data_ptr()
+    shares = max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
+    segments = 1 << (shares.bit_length() - 1)  # which most numbers of threads divide
+    sums = segments * 2 * channels
+    room = _room(sums + coefficients * wide // 2 + 1).data_ptr()
     step(x.numel(), groups, channels, *words, wide, room, room + 8 * sums, segments)
 
 
@@ -42,14 +44,11 @@ def _room(size: int) -> Tensor:
 
 
 @numba.njit
-def rows_of(words: Any, task: int, first: int, step: int) -> tuple[int, int, int]:
-    """Returns the group of a task, its first row and the one behind its last; groups' words begin at first."""
-    groups, channels, length = words[0], words[1], words[2]
+def rows_of(words: Any, k: int, part: int, first: int, step: int) -> tuple[int, int]:
+    """Returns the first row of a segment of a group, and the one behind its last; groups' words begin at first."""
+    groups, channels, length, group = words[0], words[1], words[2], first + step * k
     wide, segments = words[first + step * groups], words[first + step * groups + 3]
-    k = task // segments
-    group = first + step * k
-    begin, end = segment(task % segments, words[group] * length, words[group + 1] * length, wide // channels, segments)
-    return k, begin, end
+    return segment(part, words[group] * length, words[group + 1] * length, wide // channels, segments)
 
 
 @numba.njit

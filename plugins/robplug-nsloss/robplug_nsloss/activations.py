@@ -6,7 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,7 +19,15 @@ LOGITS = "logits"
 RELU_LIKE = frozenset("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish softplus hardswish".split())
 """Functions whose outputs are collected where no layers are named, in-place ones too; hardtanh from 0 is relu6."""
 
-Seen = Callable[[list[str], Tensor], None]
+
+class Watcher(Protocol):
+    """Who looks on while a pass is made."""
+
+    def seen(self, names: list[str], out: Tensor) -> None:
+        """Is called with the names so far and the latest activation, while that is still in the cache."""
+
+    def relu(self, x: Tensor) -> Tensor:
+        """Computes a ReLU."""
 
 
 class Recorder(TorchFunctionMode):
@@ -34,9 +42,9 @@ class Recorder(TorchFunctionMode):
         tensors: the activations, with their graph; no later operation in place changes them.
     """
 
-    def __init__(self, functions: bool, seen: Seen | None) -> None:
+    def __init__(self, functions: bool, watcher: Watcher | None) -> None:
         super().__init__()
-        self._seen = seen
+        self._watcher = watcher
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
         self._versions: list[int | None] = []
@@ -50,12 +58,16 @@ class Recorder(TorchFunctionMode):
         """Calls a function and keeps its result if it is ReLU-like."""
         kwargs = kwargs or {}
         kind = _kind(getattr(func, "__name__", ""))
-        for tensor in _written(kind, args, kwargs):
+        written = _written(kind, args, kwargs)
+        for tensor in written:
             self._save_from(tensor)
-        out = func(*args, **kwargs)
-        if self._functions and kind.relu_like and _is_relu_like(kind, args, kwargs):
-            where = self._modules[-1] if self._modules else ""
-            self.keep(f"{where}:{kind.plain}".removeprefix(":"), out)
+        if not self._functions or not kind.relu_like or not _is_relu_like(kind, args, kwargs):
+            return func(*args, **kwargs)
+        if self._watcher is not None and kind.plain == "relu" and len(args) == 1 and not written:
+            out = self._watcher.relu(args[0])
+        else:
+            out = func(*args, **kwargs)
+        self.keep(f"{self._modules[-1] if self._modules else ''}:{kind.plain}".removeprefix(":"), out)
         return out
 
     def keep(self, name: str, out: Any) -> None:
@@ -68,8 +80,8 @@ class Recorder(TorchFunctionMode):
         self.names.append(name if self._uses[name] == 1 else f"{name}#{self._uses[name]}")
         self.tensors.append(out)
         self._versions.append(_version(out))
-        if self._seen is not None:
-            self._seen(self.names, out)
+        if self._watcher is not None:
+            self._watcher.seen(self.names, out)
 
     def enter(self, name: str) -> None:
         """Notes that the forward of a module begins."""
@@ -99,20 +111,22 @@ class Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def recording(model: nn.Module, layers: Sequence[str] | None = None, seen: Seen | None = None) -> Iterator[Recorder]:
+def recording(
+    model: nn.Module, layers: Sequence[str] | None = None, watcher: Watcher | None = None
+) -> Iterator[Recorder]:
     """Collects the activations of the forward pass that is made inside.
 
     Args:
         model: any module whose output is a tensor.
         layers: names of modules whose outputs are wanted, ``"logits"`` for the model's own; None means the logits and
             every output of a ReLU-like function (`RELU_LIKE`), wherever and however it is called.
-        seen: is called with the names so far and the latest activation, while that is still in the cache.
+        watcher: looks on.
 
     Raises:
         InputError: a layer does not exist, is not used or gives no tensor; there is no ReLU-like function; or an
             activation is changed in place in a way that cannot be foreseen.
     """
-    recorder = Recorder(layers is None, seen)
+    recorder = Recorder(layers is None, watcher)
     wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
     with ExitStack() as stack:
         for name, module in model.named_modules():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robplug.errors import InputError
 from robplug_nsloss.activations import recording
 from robplug_nsloss.kernels.calls import parts_and_signs
-from robplug_nsloss.kernels.ops import means_and_signs, sign_surrogate
+from robplug_nsloss.kernels.ops import means_and_signs, relu, sign_surrogate
 from robplug_nsloss.kernels.reference import stacked
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
@@ -68,30 +68,47 @@ def compare(
     gradients: list[Tensor | None] = [None] * len(parameters)
     means: list[Tensor] = []
     for draw, copy in enumerate(noise.copies(x)):
-        found: list[tuple[Tensor, Tensor]] = []
-
-        @torch.compiler.disable
-        def meet(names: list[str], noisy: Tensor, draw: int = draw, found: Any = found) -> None:
-            number = len(names) - 1
-            if names == clean.names[: number + 1]:
-                found.append(parts_and_signs(fixed[number], noisy.detach(), sums[number], draw))
-
-        with same_statistics(clean.statistics), recording(model, layers, meet if on_cpu else None) as noisy:
+        at_once = _AtOnce(clean.names, fixed, sums, draw) if on_cpu else None
+        with same_statistics(clean.statistics), recording(model, layers, at_once) as noisy:
             model(copy)
         _check_same(clean.names, noisy.names)
-        if on_cpu:
-            signs = [sign for _, sign in found]
-            means.append(stacked([parts.sum(dtype=torch.float64) for parts, _ in found], fixed))
+        if at_once is not None:
+            signs = [sign for _, sign in at_once.found]
+            means.append(stacked([parts.sum(dtype=torch.float64) for parts, _ in at_once.found], fixed))
         else:  # all layers in one launch
-            at_once, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
-            means.append(at_once)
+            mean, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
+            means.append(mean)
         if any(activation.requires_grad for activation in noisy.tensors):
             change = sign_surrogate(noisy.tensors, signs).sum()
-            del noisy, found, signs, meet  # before the next pass
+            del noisy, signs, at_once  # before the next pass
             gradients = _added(gradients, _gradients(change, parameters, _scale(fixed)))
     total = torch.stack(means).sum(0)
     _check_finite(clean.names, total)
     return Compared(total, sums, gradients)
+
+
+class _AtOnce:
+    """Compares layers as they are computed, while they are in the cache.
+
+    Attributes:
+        found: of each layer what `parts_and_signs` returns.
+    """
+
+    def __init__(self, names: list[str], clean: list[Tensor], sums: list[Tensor], draw: int) -> None:
+        self._names, self._clean, self._sums, self._draw = names, clean, sums, draw
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    @torch.compiler.disable
+    def seen(self, names: list[str], out: Tensor) -> None:
+        """Compares a layer; other layers than those of the clean pass are refused after the pass."""
+        number = len(names) - 1
+        if names == self._names[: number + 1]:
+            self.found.append(parts_and_signs(self._clean[number], out.detach(), self._sums[number], self._draw))
+
+    @torch.compiler.disable
+    def relu(self, x: Tensor) -> Tensor:
+        """Computes a ReLU so that going back through it costs less."""
+        return relu(x)
 
 
 def _check_same(clean: list[str], noisy: list[str]) -> None:

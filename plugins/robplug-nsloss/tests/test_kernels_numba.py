@@ -42,6 +42,8 @@ def test_signs_sums_and_means_are_those_of_the_reference(
             added = numba_impl.add_signs(noisy, signs, weight)
             assert added.stride() == noisy.stride()
             torch.testing.assert_close(added, reference.add_signs(noisy, signs, weight), rtol=2e-7, atol=1e-7)
+            passed = numba_impl.relu_add_signs(noisy, signs, weight, clean)
+            assert passed.stride() == noisy.stride() and torch.equal(passed, added * (clean > 0))
     finally:
         torch.set_num_threads(1)
 
@@ -86,7 +88,7 @@ def test_what_lies_otherwise_is_left_to_the_reference() -> None:
 
 def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    for name in ("accumulate_signs", "add_signs"):
+    for name in ("accumulate_signs", "add_signs", "relu_add_signs"):
         kernel = getattr(numba_impl, name)
         monkeypatch.setattr(numba_impl, name, lambda *args, k=kernel, n=name: (calls.append(n), k(*args))[1])
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
@@ -99,7 +101,8 @@ def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.Monk
         loss = ns_loss(exact, x.to(dtype), radius=0.5, draws=3)
         found.append([loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))])
         model = model.to(torch.float32)
-    assert calls.count("accumulate_signs") == 3 * 3 and calls.count("add_signs") == 4 * 3
+    assert calls.count("accumulate_signs") == 3 * 3  # layers, draws
+    assert calls.count("relu_add_signs") == 2 * 3 and calls.count("add_signs") == 1 * 3 + 3  # the clean ones at the end
     for single, double in zip(*found, strict=True):
         # a sign may differ where two activations hardly do
         assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6

@@ -39,6 +39,18 @@ def added(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
     return call("add_signs", g, signs, weight)  # type: ignore[no-any-return]
 
 
+def relu_added(g: Tensor, signs: Tensor, weight: Tensor, activation: Tensor) -> Tensor:
+    """Returns `added` where the ReLU behind an activation passes it, and 0 elsewhere."""
+    if is_native(g, activation, signs):
+        return cpu_kernels(reference).relu_add_signs(g, signs, weight, activation)  # type: ignore[no-any-return]
+    return relu_passed(added(g, signs, weight), activation)
+
+
+def relu_passed(g: Tensor, activation: Tensor) -> Tensor:
+    """Returns a gradient behind a ReLU as it is before it."""
+    return torch.ops.aten.threshold_backward(g, activation, 0)  # type: ignore[no-any-return]
+
+
 def is_native(x: Tensor, *others: Tensor) -> bool:
     """Returns whether the kernels for the CPU can go over tensors together: x single, the last int8, laid out alike."""
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))

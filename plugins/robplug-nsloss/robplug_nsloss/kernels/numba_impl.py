@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, float32s, int8s, kernel, number, portion, portion_of_values
+from robplug.cpu_kernels import FAST, Words, fetch, float32s, int8s, kernel, number, portion, portion_of_values
 
 BLOCK = 2**12  # values that are summed up in single precision
+STRIP = 2**8  # values that are worked on while others are fetched
+AHEAD = 2**12  # bytes from ones to the others
+SINGLE = 4  # bytes
 
 
 def accumulate_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +31,14 @@ def accumulate_signs(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> t
 def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
     """See `robplug_nsloss.kernels.reference.add_signs`; the two lie alike."""
     out = torch.empty_like(g)
-    _add(g.numel(), g.numel(), g, signs, weight.item() / g.numel(), out)
+    _add(g.numel(), g.numel(), g, signs, weight.item() / g.numel(), out, 0)
+    return out
+
+
+def relu_add_signs(g: Tensor, signs: Tensor, weight: Tensor, activation: Tensor) -> Tensor:
+    """Returns what `add_signs` returns where the activation is not 0, and 0 elsewhere; the three lie alike."""
+    out = torch.empty_like(g)
+    _add(g.numel(), g.numel(), g, signs, weight.item() / g.numel(), out, activation)
     return out
 
 
@@ -40,12 +50,19 @@ def _accumulate(words: Words) -> None:
     parts, scale = float32s(words[5], -(-size // BLOCK)), np.float32(number(words[7]))
     first, last = portion(parts.size)
     for block in range(first, last):
-        at = slice(block * BLOCK, min(size, (block + 1) * BLOCK))
-        parts[block] = scale * _compare(clean[at], noisy[at], signs[at])
-        if draw == 0:
-            _copy(signs[at], sums[at])
-        else:
-            _increase(signs[at], sums[at])
+        total, end = np.float32(0), min(size, (block + 1) * BLOCK)
+        for begin in range(block * BLOCK, end, STRIP):
+            at = slice(begin, min(end, begin + STRIP))
+            fetch(words[1] + SINGLE * begin + AHEAD, STRIP)
+            fetch(words[2] + SINGLE * begin + AHEAD, STRIP)
+            fetch(words[3] + begin + AHEAD, STRIP // SINGLE)
+            fetch(words[4] + begin + AHEAD, STRIP // SINGLE)
+            total += _compare(clean[at], noisy[at], signs[at])
+            if draw == 0:
+                _copy(signs[at], sums[at])
+            else:
+                _increase(signs[at], sums[at])
+        parts[block] = scale * total
 
 
 @numba.njit(fastmath=FAST)
@@ -73,13 +90,28 @@ def _increase(signs: Any, sums: Any) -> None:
 
 @kernel
 def _add(words: Words) -> None:
-    size, scale = words[0], np.float32(number(words[3]))
+    size, scale, activation = words[0], np.float32(number(words[3])), words[5]
+    g, signs, out = float32s(words[1], size), int8s(words[2], size), float32s(words[4], size)
     start, stop = portion_of_values(size)
-    at = slice(start, stop)
-    _add_part(float32s(words[1], size)[at], int8s(words[2], size)[at], scale, float32s(words[4], size)[at])
+    for begin in range(start, stop, STRIP):
+        at = slice(begin, min(stop, begin + STRIP))
+        fetch(words[1] + SINGLE * begin + AHEAD, STRIP)
+        fetch(words[2] + begin + AHEAD, STRIP // SINGLE)
+        fetch(words[4] + SINGLE * begin + AHEAD, STRIP)
+        if activation:
+            fetch(activation + SINGLE * begin + AHEAD, STRIP)
+            _add_where_passed(g[at], signs[at], scale, float32s(activation, size)[at], out[at])
+        else:
+            _add_everywhere(g[at], signs[at], scale, out[at])
 
 
 @numba.njit(fastmath=FAST)
-def _add_part(g: Any, signs: Any, scale: Any, out: Any) -> None:
+def _add_everywhere(g: Any, signs: Any, scale: Any, out: Any) -> None:
     for i in range(g.size):
         out[i] = g[i] + scale * np.float32(signs[i])
+
+
+@numba.njit(fastmath=FAST)
+def _add_where_passed(g: Any, signs: Any, scale: Any, activation: Any, out: Any) -> None:
+    for i in range(g.size):
+        out[i] = np.float32(0) if activation[i] <= 0 else g[i] + scale * np.float32(signs[i])

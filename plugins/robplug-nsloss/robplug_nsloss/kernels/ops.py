@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robplug.kernels import operator
 from robplug_nsloss.kernels import checks, reference
-from robplug_nsloss.kernels.calls import added, call, parts_and_signs
+from robplug_nsloss.kernels.calls import added, call, parts_and_signs, relu_added, relu_passed
 
 
 def sphere_noise(x: Tensor, noise: Tensor, radius: float) -> Tensor:
@@ -143,8 +143,18 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     waiting: dict[int, tuple[Tensor, Tensor]] = {}
     zeros: Tensor = _Surrogate.apply(list(signs), inner, waiting, *layers)  # type: ignore[no-untyped-call]
     for number in inner:
-        layers[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
+        node = layers[number].grad_fn
+        if isinstance(node, _ReLU._backward_cls):  # type: ignore[attr-defined]
+            node.own = number, waiting
+        else:
+            layers[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
     return zeros
+
+
+def relu(x: Tensor) -> Tensor:
+    """Returns the ReLU of x, whose backward pass adds the part of `sign_surrogate` as it goes, and not in another."""
+    out: Tensor = _ReLU.apply(x)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _means_and_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) -> tuple[Tensor, list[Tensor]]:
@@ -230,6 +240,26 @@ class _Surrogate(torch.autograd.Function):
         return None, None, None, *found
 
 
+class _ReLU(torch.autograd.Function):
+    """relu(x), a node of whose graph takes on what a hook of its result would do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.relu()
+        ctx.save_for_backward(out)
+        ctx.own = None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        number, waiting = ctx.own or (None, {})
+        if number not in waiting:
+            return relu_passed(g, out)
+        _check_once(g)
+        return relu_added(g, *waiting.pop(number), out)
+
+
 def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[Tensor | None], Tensor | None]:
     """Returns what adds a layer's own gradient to the one that arrives from the layers behind it.
 
@@ -243,11 +273,15 @@ def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[T
         if g is None:
             remedy = "a function behind it returns None for it: return zeros there, or leave the layer out"
             raise RuntimeError(f"expected a gradient for layer {number} from the layers behind it, got None; {remedy}")
-        if torch.is_grad_enabled() and g.requires_grad:
-            raise RuntimeError("expected to be differentiated once, got create_graph=True; use mean_abs_difference")
+        _check_once(g)
         return added(g, signs, weight)
 
     return hook
+
+
+def _check_once(g: Tensor) -> None:
+    if torch.is_grad_enabled() and g.requires_grad:
+        raise RuntimeError("expected to be differentiated once, got create_graph=True; use mean_abs_difference")
 
 
 def _inner(layers: Sequence[Tensor]) -> list[int]:

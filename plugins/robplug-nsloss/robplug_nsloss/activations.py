@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robplug.errors import InputError
+from robplug_nsloss.kernels.ops import relu
 
 LOGITS = "logits"
 """The name of the model's output among its layers."""
@@ -20,14 +22,16 @@ RELU_LIKE = frozenset("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu
 """Functions whose outputs are collected where no layers are named, in-place ones too; hardtanh from 0 is relu6."""
 
 
-class Watcher(Protocol):
-    """Who looks on while a pass is made."""
+class Watcher:
+    """Who looks on while a pass is made that `sign_surrogate` is to be used on."""
 
     def seen(self, names: list[str], out: Tensor) -> None:
         """Is called with the names so far and the latest activation, while that is still in the cache."""
 
+    @torch.compiler.disable
     def relu(self, x: Tensor) -> Tensor:
-        """Computes a ReLU."""
+        """Computes a ReLU so that going back through it costs less."""
+        return relu(x)
 
 
 class Recorder(TorchFunctionMode):
@@ -126,25 +130,54 @@ def recording(
         InputError: a layer does not exist, is not used or gives no tensor; there is no ReLU-like function; or an
             activation is changed in place in a way that cannot be foreseen.
     """
-    recorder = Recorder(layers is None, watcher)
+    with passes_of(model, layers) as one_pass, one_pass(watcher) as recorder:
+        yield recorder
+
+
+@contextmanager
+def passes_of(
+    model: nn.Module, layers: Sequence[str] | None
+) -> Iterator[Callable[[Watcher | None], AbstractContextManager[Recorder]]]:
+    """Gives what a pass is made inside of, again and again: `recording` for many passes with one set of hooks."""
     wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
+    now: list[Recorder] = []
+
+    @contextmanager
+    def one_pass(watcher: Watcher | None) -> Iterator[Recorder]:
+        recorder = Recorder(layers is None, watcher)
+        now.append(recorder)
+        try:
+            with recorder:
+                yield recorder
+        finally:
+            now.remove(recorder)
+        recorder.check()
+        unused = [name for name in wanted if name not in recorder.names]
+        if layers is not None and unused:
+            raise InputError("layers that the forward pass uses", ", ".join(map(repr, unused)), "leave them out")
+        if layers is None and len(recorder.names) < 2 and recorder.names[-1:] in ([], [LOGITS]):
+            raise InputError(f"ReLU-like layers ({', '.join(sorted(RELU_LIKE))})", _seen(model), _how_to_name(model))
+
+    def enter(name: str) -> None:
+        for recorder in now:
+            recorder.enter(name)
+
+    def leave() -> None:
+        for recorder in now:
+            recorder.leave()
+
+    def keep(name: str, out: Any) -> None:
+        for recorder in now:
+            recorder.keep(name, out)
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            handle = module.register_forward_pre_hook(lambda *_, name=name: recorder.enter(name))
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(lambda *_, name=name: enter(name)).remove)
             # also where the forward fails, in case the failure is caught
-            stack.callback(module.register_forward_hook(lambda *_: recorder.leave(), always_call=True).remove)
+            stack.callback(module.register_forward_hook(lambda *_: leave(), always_call=True).remove)
         for name, module in wanted.items():
-            keeper = module.register_forward_hook(lambda _, __, out, name=name: recorder.keep(name, out))
-            stack.callback(keeper.remove)
-        with recorder:
-            yield recorder
-    recorder.check()
-    unused = [name for name in wanted if name not in recorder.names]
-    if layers is not None and unused:
-        raise InputError("layers that the forward pass uses", ", ".join(map(repr, unused)), "leave them out")
-    if layers is None and len(recorder.names) < 2 and recorder.names[-1:] in ([], [LOGITS]):
-        raise InputError(f"ReLU-like layers ({', '.join(sorted(RELU_LIKE))})", _seen(model), _how_to_name(model))
+            stack.callback(module.register_forward_hook(lambda _, __, out, name=name: keep(name, out)).remove)
+        yield one_pass
 
 
 def wanted_modules(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from robplug.errors import InputError
-from robplug_nsloss.activations import recording
+from robplug_nsloss.activations import Watcher, passes_of
 from robplug_nsloss.kernels.calls import parts_and_signs
-from robplug_nsloss.kernels.ops import means_and_signs, relu, sign_surrogate
+from robplug_nsloss.kernels.ops import means_and_signs, sign_surrogate
 from robplug_nsloss.kernels.reference import stacked
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
@@ -67,27 +67,28 @@ def compare(
     on_cpu = all(activation.is_cpu for activation in fixed)
     gradients: list[Tensor | None] = [None] * len(parameters)
     means: list[Tensor] = []
-    for draw, copy in enumerate(noise.copies(x)):
-        at_once = _AtOnce(clean.names, fixed, sums, draw) if on_cpu else None
-        with same_statistics(clean.statistics), recording(model, layers, at_once) as noisy:
-            model(copy)
-        _check_same(clean.names, noisy.names)
-        if at_once is not None:
-            signs = [sign for _, sign in at_once.found]
-            means.append(stacked([parts.sum(dtype=torch.float64) for parts, _ in at_once.found], fixed))
-        else:  # all layers in one launch
-            mean, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
-            means.append(mean)
-        if any(activation.requires_grad for activation in noisy.tensors):
-            change = sign_surrogate(noisy.tensors, signs).sum()
-            del noisy, signs, at_once  # before the next pass
-            gradients = _added(gradients, _gradients(change, parameters, _scale(fixed)))
+    with passes_of(model, layers) as one_pass:
+        for draw, copy in enumerate(noise.copies(x)):
+            at_once = _AtOnce(clean.names, fixed, sums, draw) if on_cpu else None
+            with same_statistics(clean.statistics), one_pass(at_once) as noisy:
+                model(copy)
+            _check_same(clean.names, noisy.names)
+            if at_once is not None:
+                signs = [sign for _, sign in at_once.found]
+                means.append(stacked([parts.sum(dtype=torch.float64) for parts, _ in at_once.found], fixed))
+            else:  # all layers in one launch
+                mean, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
+                means.append(mean)
+            if any(activation.requires_grad for activation in noisy.tensors):
+                change = sign_surrogate(noisy.tensors, signs).sum()
+                del noisy, signs, at_once  # before the next pass
+                gradients = _added(gradients, _gradients(change, parameters, _scale(fixed)))
     total = torch.stack(means).sum(0)
     _check_finite(clean.names, total)
     return Compared(total, sums, gradients)
 
 
-class _AtOnce:
+class _AtOnce(Watcher):
     """Compares layers as they are computed, while they are in the cache.
 
     Attributes:
@@ -104,11 +105,6 @@ class _AtOnce:
         number = len(names) - 1
         if names == self._names[: number + 1]:
             self.found.append(parts_and_signs(self._clean[number], out.detach(), self._sums[number], self._draw))
-
-    @torch.compiler.disable
-    def relu(self, x: Tensor) -> Tensor:
-        """Computes a ReLU so that going back through it costs less."""
-        return relu(x)
 
 
 def _check_same(clean: list[str], noisy: list[str]) -> None:

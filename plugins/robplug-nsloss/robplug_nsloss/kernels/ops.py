@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robplug.kernels import operator
+from robplug.kernels import are_plain, operator
 from robplug_nsloss.kernels import checks, reference
 from robplug_nsloss.kernels.calls import added, call, parts_and_signs, relu_added, relu_passed
 
@@ -153,6 +153,8 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
 
 def relu(x: Tensor) -> Tensor:
     """Returns the ReLU of x, whose backward pass adds the part of `sign_surrogate` as it goes, and not in another."""
+    if not (x.requires_grad and are_plain(x)):
+        return x.relu()
     out: Tensor = _ReLU.apply(x)  # type: ignore[no-untyped-call]
     return out
 

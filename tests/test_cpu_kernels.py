@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from robplug.cpu_kernels import LINE, float32s, float64s, int8s, kernel, number, portion, portion_of_values
+from robplug.cpu_kernels import (
+    GRAIN,
+    LINE,
+    barrier,
+    fetch,
+    float32s,
+    float64s,
+    int8s,
+    kernel,
+    number,
+    portion,
+    portion_of_values,
+)
 
 
 @kernel
@@ -27,6 +39,33 @@ def shares(words):  # type: ignore[no-untyped-def]
     seen = float64s(words[1], words[0])
     for i in range(start, stop):
         seen[i] += stop - start
+
+
+@kernel
+def turned(words):  # type: ignore[no-untyped-def]
+    start, stop = portion_of_values(words[0])
+    x, out = float32s(words[1], words[0]), float32s(words[2], words[0])
+    for _ in range(words[3]):
+        for i in range(start, stop):
+            out[i] = x[words[0] - 1 - i]
+        barrier()
+        fetch(words[2] + 4 * stop, 2**20)  # far behind the end, which does no harm
+        for i in range(start, stop):
+            x[i] = out[words[0] - 1 - i] + 1
+        barrier()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_behind_a_barrier_is_what_all_threads_wrote(threads: int) -> None:
+    size, rounds = 4 * GRAIN, 20
+    x, out, expected = torch.arange(float(size)), torch.empty(size), torch.arange(float(size)) + rounds
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        turned(size, size, x, out, rounds)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -103,3 +142,25 @@ def test_what_was_compiled_before_a_file_beside_it_changed_is_compiled_anew(
         importlib.import_module("numba_impl").told(1, x)
         assert int(x) == value
         assert list(tmp_path.glob("__pycache__/numba_impl.told-*.nbi"))
+
+
+FROM_FILE = """
+import importlib.util, sys
+import torch
+
+spec = importlib.util.spec_from_file_location(sys.argv[2], sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+sys.modules[sys.argv[2]] = module
+spec.loader.exec_module(module)
+seen = torch.zeros(1, dtype=torch.float64)
+module.counted(1, seen)
+print(int(seen))
+"""
+
+
+def test_a_cache_of_a_module_that_is_gone_is_not_used(tmp_path: Path) -> None:
+    code = "from robplug.cpu_kernels import float64s, kernel\n\n@kernel\ndef counted(words):\n"
+    (tmp_path / "file.py").write_text(code + "    float64s(words[0], 1)[0] = 3\n")
+    for name in ("one", "another"):
+        done = [sys.executable, "-c", FROM_FILE, str(tmp_path / "file.py"), name]
+        assert int(subprocess.run(done, capture_output=True, text=True, check=True).stdout) == 3

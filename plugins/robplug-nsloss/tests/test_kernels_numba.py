@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robplug_nsloss import ns_loss
+from robplug_nsloss.activations import Watcher, recording
 from robplug_nsloss.kernels import calls, numba_impl, reference
 
 SHAPES = [(1,), (3, 5), (2, 3, 7, 5), (numba_impl.BLOCK,), (3, numba_impl.BLOCK + 1), (70, 31, 33)]
@@ -106,6 +107,44 @@ def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.Monk
     for single, double in zip(*found, strict=True):
         # a sign may differ where two activations hardly do
         assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6
+
+
+class Aside(nn.Module):
+    """A ReLU that leads nowhere, and one whose result is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.relu(self.b(x))
+        h = self.a(x).relu()
+        return self.c(h + h.sin())  # type: ignore[no-any-return]
+
+
+def test_every_relu_gets_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, found = Aside(), torch.rand(64, 6), []
+    noise = torch.randn(x.shape, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        exact = model.to(dtype)
+        monkeypatch.setattr(torch, "randn", lambda *_, dtype=dtype, **__: noise.to(dtype))
+        loss = ns_loss(exact, x.to(dtype), radius=0.5, draws=1)
+        found.append(torch.autograd.grad(loss, list(exact.parameters())))
+        model = model.to(torch.float32)
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
+    assert all(float(weight.abs().max()) > 0 for weight in found[0][::2])
+
+
+def test_a_watched_pass_can_be_differentiated_twice() -> None:
+    model, x, found = Aside(), torch.rand(8, 6, requires_grad=True), []
+    for watcher in (Watcher(), None):
+        with recording(model, None, watcher):
+            out = model(x)
+        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), [model.a.weight, model.c.weight]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_default_dtype_and_device_change_nothing() -> None:

@@ -72,6 +72,8 @@ def are_plain(*tensors: Tensor) -> bool:
             return False
         if tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor():
             return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # left over from a transform
+            return False
     return torch._C._functorch.peek_interpreter_stack() is None
 
 

@@ -200,6 +200,9 @@ def test_tensors_that_stand_for_something_else_are_left_to_the_reference() -> No
     gradient = torch.func.grad(lambda value: mixture_batch_norm(value, [1, 3]).pow(3).sum())(x)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(gradient, torch.autograd.grad(mixture_batch_norm(leaf, [1, 3]).pow(3).sum(), leaf)[0])
+    seen: list[Tensor] = []
+    torch.func.grad(lambda value: (seen.append(value * 1), value.sum())[1])(x)
+    torch.testing.assert_close(mixture_batch_norm(seen[0], [1, 3]), mixture_batch_norm(x, [1, 3]))
     twice = [torch.randn(4, 3, 40, 40), [2, 2], None, None, [rows, rows], None, 0.5]
     mixture_batch_norm(*twice)  # one group after the other
     means = [part.mean((0, 2, 3)) for part in twice[0].split(2)]  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ RELU_LIKE = frozenset("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu
 
 
 class Watcher:
-    """Who looks on while a pass is made that `sign_surrogate` is to be used on."""
+    """Who looks on while a pass is made that is differentiated by `sign_surrogate` alone."""
 
     def seen(self, names: list[str], out: Tensor) -> None:
         """Is called with the names so far and the latest activation, while that is still in the cache."""

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robplug.errors import InputError
 from robplug.step import untouched_buffers
 from robplug.targets import evaluation_mode
-from robplug_nsloss.activations import Watcher, recording
+from robplug_nsloss.activations import recording
 
 Statistics = dict[_BatchNorm, list[tuple[Tensor, Tensor]]]
 
@@ -43,7 +43,7 @@ def watching(model: nn.Module, layers: Sequence[str] | None) -> Iterator[Watched
     """Watches the forward pass that is made inside; arguments and errors are those of `recording`."""
     watched = Watched()
     before = _global_numbers(model)
-    with _noted_statistics(model, watched.statistics), recording(model, layers, Watcher()) as recorder:
+    with _noted_statistics(model, watched.statistics), recording(model, layers) as recorder:
         yield watched
     watched.drew = any(not torch.equal(a, b) for a, b in zip(before, _global_numbers(model), strict=True))
     watched.names, watched.activations = recorder.names, recorder.tensors

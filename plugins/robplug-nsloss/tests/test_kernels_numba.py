@@ -103,37 +103,41 @@ def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.Monk
         found.append([loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))])
         model = model.to(torch.float32)
     assert calls.count("accumulate_signs") == 3 * 3  # layers, draws
-    assert calls.count("relu_add_signs") == 2 * (3 + 1) and calls.count("add_signs") == 3 + 1  # and the clean pass
+    assert calls.count("relu_add_signs") == 2 * 3 and calls.count("add_signs") == 3 + 3  # the latter in the clean pass
     for single, double in zip(*found, strict=True):
         # a sign may differ where two activations hardly do
         assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6
 
 
 class Aside(nn.Module):
-    """A ReLU that leads nowhere, and one whose result is used twice."""
+    """A ReLU that leads nowhere, and one whose result is used twice; or is the logits, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_last: bool = False) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+        self.is_last = is_last
 
     def forward(self, x: Tensor) -> Tensor:
-        torch.relu(self.b(x))
         h = self.a(x).relu()
-        return self.c(h + h.sin())  # type: ignore[no-any-return]
+        torch.relu(self.b(x))
+        return h if self.is_last else self.c(h + h.sin())  # type: ignore[no-any-return]
 
 
-def test_every_relu_gets_its_part_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, found = Aside(), torch.rand(64, 6), []
+@pytest.mark.parametrize("is_last", [False, True])
+def test_every_relu_gets_all_its_parts_once(monkeypatch: pytest.MonkeyPatch, is_last: bool) -> None:
+    model, x, found = Aside(is_last), torch.rand(64, 6), []
     noise = torch.randn(x.shape, dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         exact = model.to(dtype)
         monkeypatch.setattr(torch, "randn", lambda *_, dtype=dtype, **__: noise.to(dtype))
         loss = ns_loss(exact, x.to(dtype), radius=0.5, draws=1)
-        found.append(torch.autograd.grad(loss, list(exact.parameters())))
+        found.append(
+            torch.autograd.grad(loss, [exact.a.weight, exact.b.weight, *([] if is_last else [exact.c.weight])])
+        )
         model = model.to(torch.float32)
     for single, double in zip(*found, strict=True):
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
-    assert all(float(weight.abs().max()) > 0 for weight in found[0][::2])
+    assert all(float(weight.abs().max()) > 0 for weight in found[0])
 
 
 def test_a_watched_pass_can_be_differentiated_twice() -> None:

@@ -32,8 +32,8 @@ def run(step: Kernel, x: Tensor, groups: int, channels: int, words: Sequence[Any
     shares = max(1, min(SEGMENTS, x.numel() // (groups * SHARE)))
     segments = 1 << (shares.bit_length() - 1)  # which most numbers of threads divide
     sums = segments * 2 * channels
-    room = _room(sums + coefficients * wide // 2 + 1).data_ptr()
-    step(x.numel(), groups, channels, *words, wide, room, room + 8 * sums, segments)
+    room = _room(sums + coefficients * wide // 2 + 1)
+    step(x.numel(), groups, channels, *words, wide, room, room.data_ptr() + 8 * sums, segments)
 
 
 def _room(size: int) -> Tensor:

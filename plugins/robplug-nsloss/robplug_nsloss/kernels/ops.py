@@ -145,14 +145,17 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     for number in inner:
         node = layers[number].grad_fn
         if isinstance(node, _ReLU._backward_cls):  # type: ignore[attr-defined]
-            node.own = number, waiting
+            node.own.append((number, waiting))
         else:
             layers[number].register_hook(_hook(number, waiting))  # type: ignore[no-untyped-call]
     return zeros
 
 
 def relu(x: Tensor) -> Tensor:
-    """Returns the ReLU of x, whose backward pass adds the part of `sign_surrogate` as it goes, and not in another."""
+    """Returns the ReLU of x, whose backward pass adds the part of `sign_surrogate` as it goes, and not in another.
+
+    Who asks for the gradient of the result itself, or hooks it, does not see that part: for passes of one's own.
+    """
     if not (x.requires_grad and are_plain(x)):
         return x.relu()
     out: Tensor = _ReLU.apply(x)  # type: ignore[no-untyped-call]
@@ -249,17 +252,19 @@ class _ReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.relu()
         ctx.save_for_backward(out)
-        ctx.own = None
+        ctx.own = []
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (out,) = ctx.saved_tensors
-        number, waiting = ctx.own or (None, {})
-        if number not in waiting:
+        waiting = [waiting.pop(number) for number, waiting in ctx.own if number in waiting]
+        if not waiting:
             return relu_passed(g, out)
         _check_once(g)
-        return relu_added(g, *waiting.pop(number), out)
+        for signs, weight in waiting[1:]:  # of a layer that is named more than once
+            g = added(g, signs, weight)
+        return relu_added(g, *waiting[0], out)
 
 
 def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[Tensor | None], Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -204,6 +205,7 @@ class _Kind(NamedTuple):
     relu_like: bool
 
 
+@functools.cache
 def _kind(name: str) -> _Kind:
     plain = name.removesuffix("_")
     in_place = name.endswith("_") and not name.endswith("__")

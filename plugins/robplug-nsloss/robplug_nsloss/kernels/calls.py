@@ -53,7 +53,11 @@ def relu_passed(g: Tensor, activation: Tensor) -> Tensor:
 
 def is_native(x: Tensor, *others: Tensor) -> bool:
     """Returns whether the kernels for the CPU can go over tensors together: x single, the last int8, laid out alike."""
+    if x.dtype != torch.float32 or others[-1].dtype != torch.int8 or not x.numel():
+        return False
+    shape, strides = x.shape, x.stride()
+    for other in others:
+        if other.shape != shape or other.stride() != strides:
+            return False
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    alike = all(x.shape == other.shape and x.stride() == other.stride() for other in others)
-    single = x.dtype == torch.float32 and others[-1].dtype == torch.int8 and x.numel() > 0
-    return dense and alike and single and are_plain(x, *others)
+    return dense and are_plain(x, *others)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robplug.errors import InputError
-from robplug_nsloss.kernels.ops import relu
+from robplug_nsloss.kernels.surrogate import relu
 
 LOGITS = "logits"
 """The name of the model's output among its layers."""
@@ -205,7 +204,6 @@ class _Kind(NamedTuple):
     relu_like: bool
 
 
-@functools.cache
 def _kind(name: str) -> _Kind:
     plain = name.removesuffix("_")
     in_place = name.endswith("_") and not name.endswith("__")

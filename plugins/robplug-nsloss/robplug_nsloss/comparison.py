@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from robplug.errors import InputError
 from robplug_nsloss.activations import Watcher, passes_of
 from robplug_nsloss.kernels.calls import parts_and_signs
-from robplug_nsloss.kernels.ops import means_and_signs, sign_surrogate
+from robplug_nsloss.kernels.ops import means_and_signs
 from robplug_nsloss.kernels.reference import stacked
+from robplug_nsloss.kernels.surrogate import sign_surrogate
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from robplug.testing.kernels import check_refused, laid_out
 from robplug_nsloss.kernels import ops, reference
-from robplug_nsloss.kernels.ops import accumulate_signs, mean_abs_difference, sign_surrogate, sphere_noise
+from robplug_nsloss.kernels.ops import accumulate_signs, mean_abs_difference, sphere_noise
+from robplug_nsloss.kernels.surrogate import sign_surrogate
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((4, 3, 5, 7), (4, 11), (4, 2, 3), (1,))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from robplug.testing.kernels import check_compiles, check_rounding, laid_out
 from robplug_nsloss.kernels import reference
-from robplug_nsloss.kernels.ops import accumulate_signs, mean_abs_difference, sign_surrogate, sphere_noise
+from robplug_nsloss.kernels.ops import accumulate_signs, mean_abs_difference, sphere_noise
+from robplug_nsloss.kernels.surrogate import sign_surrogate
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -61,3 +61,8 @@ def is_native(x: Tensor, *others: Tensor) -> bool:
             return False
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return dense and are_plain(x, *others)
+
+
+def is_tracked(x: Tensor) -> bool:
+    """Returns whether x has a gradient that the kernels for the CPU may compute."""
+    return x.requires_grad and are_plain(x)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,16 +21,8 @@ RELU_LIKE = frozenset("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu
 """Functions whose outputs are collected where no layers are named, in-place ones too; hardtanh from 0 is relu6."""
 
 
-class Watcher:
-    """Who looks on while a pass is made that is differentiated by `sign_surrogate` alone."""
-
-    def seen(self, names: list[str], out: Tensor) -> None:
-        """Is called with the names so far and the latest activation, while that is still in the cache."""
-
-    @torch.compiler.disable
-    def relu(self, x: Tensor) -> Tensor:
-        """Computes a ReLU so that going back through it costs less."""
-        return relu(x)
+Seen = Callable[[list[str], Tensor], None]
+"""Is called with the names so far and the latest activation, while that is still in the cache."""
 
 
 class Recorder(TorchFunctionMode):
@@ -46,9 +37,9 @@ class Recorder(TorchFunctionMode):
         tensors: the activations, with their graph; no later operation in place changes them.
     """
 
-    def __init__(self, functions: bool, watcher: Watcher | None) -> None:
+    def __init__(self, functions: bool, seen: Seen | None) -> None:
         super().__init__()
-        self._watcher = watcher
+        self._seen = seen
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
         self._versions: list[int | None] = []
@@ -67,10 +58,8 @@ class Recorder(TorchFunctionMode):
             self._save_from(tensor)
         if not self._functions or not kind.relu_like or not _is_relu_like(kind, args, kwargs):
             return func(*args, **kwargs)
-        if self._watcher is not None and kind.plain == "relu" and len(args) == 1 and not written:
-            out = self._watcher.relu(args[0])
-        else:
-            out = func(*args, **kwargs)
+        cheap = self._seen is not None and kind.plain == "relu" and len(args) == 1 and not written
+        out = relu(args[0]) if cheap else func(*args, **kwargs)
         self.keep(f"{self._modules[-1] if self._modules else ''}:{kind.plain}".removeprefix(":"), out)
         return out
 
@@ -84,8 +73,8 @@ class Recorder(TorchFunctionMode):
         self.names.append(name if self._uses[name] == 1 else f"{name}#{self._uses[name]}")
         self.tensors.append(out)
         self._versions.append(_version(out))
-        if self._watcher is not None:
-            self._watcher.seen(self.names, out)
+        if self._seen is not None:
+            self._seen(self.names, out)
 
     def enter(self, name: str) -> None:
         """Notes that the forward of a module begins."""
@@ -115,36 +104,36 @@ class Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def recording(
-    model: nn.Module, layers: Sequence[str] | None = None, watcher: Watcher | None = None
-) -> Iterator[Recorder]:
+def recording(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator[Recorder]:
     """Collects the activations of the forward pass that is made inside.
 
     Args:
         model: any module whose output is a tensor.
         layers: names of modules whose outputs are wanted, ``"logits"`` for the model's own; None means the logits and
             every output of a ReLU-like function (`RELU_LIKE`), wherever and however it is called.
-        watcher: looks on.
 
     Raises:
         InputError: a layer does not exist, is not used or gives no tensor; there is no ReLU-like function; or an
             activation is changed in place in a way that cannot be foreseen.
     """
-    with passes_of(model, layers) as one_pass, one_pass(watcher) as recorder:
+    with passes_of(model, layers) as one_pass, one_pass(None) as recorder:
         yield recorder
 
 
 @contextmanager
 def passes_of(
     model: nn.Module, layers: Sequence[str] | None
-) -> Iterator[Callable[[Watcher | None], AbstractContextManager[Recorder]]]:
-    """Gives what a pass is made inside of, again and again: `recording` for many passes with one set of hooks."""
+) -> Iterator[Callable[[Seen | None], AbstractContextManager[Recorder]]]:
+    """Gives what a pass is made inside of, again and again: `recording` for many passes with one set of hooks.
+
+    A pass that somebody sees is one that `sign_surrogate` alone is to differentiate: ReLUs are its own there.
+    """
     wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
     now: list[Recorder] = []
 
     @contextmanager
-    def one_pass(watcher: Watcher | None) -> Iterator[Recorder]:
-        recorder = Recorder(layers is None, watcher)
+    def one_pass(seen: Seen | None) -> Iterator[Recorder]:
+        recorder = Recorder(layers is None, seen)
         now.append(recorder)
         try:
             with recorder:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robplug.errors import InputError
-from robplug_nsloss.activations import Watcher, passes_of
+from robplug_nsloss.activations import passes_of
 from robplug_nsloss.kernels.calls import parts_and_signs
 from robplug_nsloss.kernels.ops import means_and_signs
 from robplug_nsloss.kernels.reference import stacked
@@ -71,7 +71,7 @@ def compare(
     with passes_of(model, layers) as one_pass:
         for draw, copy in enumerate(noise.copies(x)):
             at_once = _AtOnce(clean.names, fixed, sums, draw) if on_cpu else None
-            with same_statistics(clean.statistics), one_pass(at_once) as noisy:
+            with same_statistics(clean.statistics), one_pass(at_once and at_once.seen) as noisy:
                 model(copy)
             _check_same(clean.names, noisy.names)
             if at_once is not None:
@@ -89,7 +89,7 @@ def compare(
     return Compared(total, sums, gradients)
 
 
-class _AtOnce(Watcher):
+class _AtOnce:
     """Compares layers as they are computed, while they are in the cache.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from robplug_nsloss import ns_loss
-from robplug_nsloss.activations import Watcher, recording
+from robplug_nsloss.activations import passes_of
 from robplug_nsloss.kernels import calls, numba_impl, reference
 
 SHAPES = [(1,), (3, 5), (2, 3, 7, 5), (numba_impl.BLOCK,), (3, numba_impl.BLOCK + 1), (70, 31, 33)]
@@ -140,10 +140,10 @@ def test_every_relu_gets_all_its_parts_once(monkeypatch: pytest.MonkeyPatch, is_
     assert all(float(weight.abs().max()) > 0 for weight in found[0])
 
 
-def test_a_watched_pass_can_be_differentiated_twice() -> None:
+def test_a_pass_that_is_seen_can_be_differentiated_twice() -> None:
     model, x, found = Aside(), torch.rand(8, 6, requires_grad=True), []
-    for watcher in (Watcher(), None):
-        with recording(model, None, watcher):
+    for seen in (lambda *_: None, None):
+        with passes_of(model, None) as one_pass, one_pass(seen):
             out = model(x)
         (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), [model.a.weight, model.c.weight]))

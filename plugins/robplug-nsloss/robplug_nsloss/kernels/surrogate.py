@@ -47,6 +47,7 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     return zeros
 
 
+@torch.compiler.disable
 def relu(x: Tensor) -> Tensor:
     """Returns the ReLU of x, whose backward pass adds the part of `sign_surrogate` as it goes, and not in another.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robplug.cpu_kernels import FAST, Words, barrier, fetch, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import FORWARD, FORWARD_STEP, SINGLE, settle_forward
-from robplug_advprop.kernels.numba_folds import block, fill, folds_backwards, repeat, rows_of, run, segment
+from robplug_advprop.kernels.numba_folds import behind, block, fill, folds_backwards, repeat, rows_of, run, segment
 
 HEAD = 16  # rows whose mean is close enough to that of all to be subtracted before squaring
 
@@ -32,9 +32,8 @@ def _forward(words: Words) -> None:
 
 @numba.njit
 def _moments(words: Words, k: int) -> None:
-    groups, channels, x = words[0], words[1], words[3]
-    behind = FORWARD + FORWARD_STEP * groups
-    wide, sums, segments = words[behind], words[behind + 1], words[behind + 3]
+    channels, x = words[1], words[3]
+    wide, sums, _, segments = behind(words, FORWARD, FORWARD_STEP)
     first, last = portion(segments)
     for part in range(first, last):
         begin, end = rows_of(words, k, part, FORWARD, FORWARD_STEP)
@@ -93,10 +92,9 @@ def _deviations(x: int, rows: int, shift: Any, total: Any, square: Any) -> None:
 
 @numba.njit
 def _settle(words: Words, k: int) -> None:
-    groups, channels, length = words[0], words[1], words[2]
-    behind = FORWARD + FORWARD_STEP * groups
-    wide, segments = words[behind], words[behind + 3]
-    sums, lines = float64s(words[behind + 1], 2 * channels * segments), float32s(words[behind + 2], 2 * wide)
+    channels, length = words[1], words[2]
+    wide, room, lines_at, segments = behind(words, FORWARD, FORWARD_STEP)
+    sums, lines = float64s(room, 2 * channels * segments), float32s(lines_at, 2 * wide)
     slope, offset, rows = lines[:wide], lines[wide:], words[FORWARD + FORWARD_STEP * k + 1] * length
     first, last = portion(channels)
     mean, squares = np.empty(last - first, np.float64), np.empty(last - first, np.float64)
@@ -127,10 +125,9 @@ def _put_together(
 
 @numba.njit
 def _lines(words: Words, k: int) -> None:
-    groups, channels, x, out = words[0], words[1], words[3], words[4]
-    behind = FORWARD + FORWARD_STEP * groups
-    wide, segments, floor = words[behind], words[behind + 3], np.float32(number(words[7]))
-    line = float32s(words[behind + 2], 2 * wide)
+    channels, x, out = words[1], words[3], words[4]
+    wide, _, lines, segments = behind(words, FORWARD, FORWARD_STEP)
+    line, floor = float32s(lines, 2 * wide), np.float32(number(words[7]))
     first, last = portion(segments)
     for part in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
         begin, end = rows_of(words, k, part, FORWARD, FORWARD_STEP)

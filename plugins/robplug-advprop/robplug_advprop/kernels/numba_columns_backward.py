@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robplug.cpu_kernels import FAST, Words, barrier, fetch, float32s, float64s, kernel, number, portion
 from robplug_advprop.kernels.numba_channel import BACKWARD, BACKWARD_STEP, SINGLE, settle_backward
-from robplug_advprop.kernels.numba_folds import block, fill, folds_backwards, repeat, rows_of, run
+from robplug_advprop.kernels.numba_folds import behind, block, fill, folds_backwards, repeat, rows_of, run
 
 
 def backward(x: Tensor, groups: int, channels: int, *words: Any) -> None:
@@ -30,9 +30,9 @@ def _backward(words: Words) -> None:
 
 @numba.njit
 def _products(words: Words, k: int) -> None:
-    groups, channels, g, x, gate = words[0], words[1], words[3], words[4], words[5]
-    behind = BACKWARD + BACKWARD_STEP * groups
-    wide, sums, segments, floor = words[behind], words[behind + 1], words[behind + 3], np.float32(number(words[6]))
+    channels, g, x, gate = words[1], words[3], words[4], words[5]
+    wide, sums, _, segments = behind(words, BACKWARD, BACKWARD_STEP)
+    floor = np.float32(number(words[6]))
     total, product, mean = np.empty(wide, np.float32), np.empty(wide, np.float32), np.empty(wide, np.float32)
     means = float32s(words[7] + SINGLE * k * channels, channels)
     for j in range(channels):
@@ -84,10 +84,9 @@ def _add_products(g: int, x: int, gate: int, rows: int, mean: Any, floor: Any, t
 
 @numba.njit
 def _settle(words: Words, k: int) -> None:
-    groups, channels = words[0], words[1]
-    behind = BACKWARD + BACKWARD_STEP * groups
-    wide, segments = words[behind], words[behind + 3]
-    sums, plane = float64s(words[behind + 1], 2 * channels * segments), float32s(words[behind + 2], 3 * wide)
+    channels = words[1]
+    wide, room, coefficients_at, segments = behind(words, BACKWARD, BACKWARD_STEP)
+    sums, plane = float64s(room, 2 * channels * segments), float32s(coefficients_at, 3 * wide)
     along_g, along_x, offset = plane[:wide], plane[wide : 2 * wide], plane[2 * wide :]
     first, last = portion(channels)
     by_bias, product = sums[first:last], sums[channels + first : channels + last]
@@ -105,10 +104,9 @@ def _settle(words: Words, k: int) -> None:
 
 @numba.njit
 def _planes(words: Words, k: int) -> None:
-    groups, channels, g, x, gate, out = words[0], words[1], words[3], words[4], words[5], words[8]
-    behind = BACKWARD + BACKWARD_STEP * groups
-    wide, segments, floor = words[behind], words[behind + 3], np.float32(number(words[6]))
-    plane = float32s(words[behind + 2], 3 * wide)
+    channels, g, x, gate, out = words[1], words[3], words[4], words[5], words[8]
+    wide, _, planes, segments = behind(words, BACKWARD, BACKWARD_STEP)
+    plane, floor = float32s(planes, 3 * wide), np.float32(number(words[6]))
     first, last = portion(segments)
     for part in range(last - 1, first - 1, -1):  # backwards: what was read last is still in the cache
         begin, end = rows_of(words, k, part, BACKWARD, BACKWARD_STEP)

@@ -44,10 +44,17 @@ def _room(size: int) -> Tensor:
 
 
 @numba.njit
+def behind(words: Any, first: int, step: int) -> tuple[int, int, int, int]:
+    """Returns the words that `run` adds: width, room for sums and coefficients, segments; groups' begin at first."""
+    at = first + step * words[0]
+    return words[at], words[at + 1], words[at + 2], words[at + 3]
+
+
+@numba.njit
 def rows_of(words: Any, k: int, part: int, first: int, step: int) -> tuple[int, int]:
     """Returns the first row of a segment of a group, and the one behind its last; groups' words begin at first."""
-    groups, channels, length, group = words[0], words[1], words[2], first + step * k
-    wide, segments = words[first + step * groups], words[first + step * groups + 3]
+    channels, length, group = words[1], words[2], first + step * k
+    wide, _, _, segments = behind(words, first, step)
     return segment(part, words[group] * length, words[group + 1] * length, wide // channels, segments)
 
 

@@ -51,6 +51,17 @@ def relu_passed(g: Tensor, activation: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(g, activation, 0)  # type: ignore[no-any-return]
 
 
+def norm_gradients(
+    g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients by x, weight and bias of batch norm that `is_native_norm`; differentiable where asked."""
+    if torch.is_grad_enabled() or g.dtype != x.dtype or not g.is_contiguous() or not are_plain(g):
+        known = mean, variance, None, None, False, eps, [True, True, True]
+        return torch.ops.aten.native_batch_norm_backward(g, x, weight, *known)  # type: ignore[no-any-return]
+    backward = cpu_kernels(reference).batch_norm_backward
+    return backward(g, x, mean, variance, weight, eps)  # type: ignore[no-any-return]
+
+
 def is_native(x: Tensor, *others: Tensor) -> bool:
     """Returns whether the kernels for the CPU can go over tensors together: x single, the last int8, laid out alike."""
     if x.dtype != torch.float32 or others[-1].dtype != torch.int8 or not x.numel():
@@ -66,3 +77,18 @@ def is_native(x: Tensor, *others: Tensor) -> bool:
 def is_tracked(x: Tensor) -> bool:
     """Returns whether x has a gradient that the kernels for the CPU may compute."""
     return x.requires_grad and are_plain(x)
+
+
+def is_native_norm(x: Tensor, *rows: Tensor | None) -> bool:
+    """Returns whether the kernel for the CPU can differentiate batch norm by known statistics.
+
+    The rows are mean, variance, weight and bias; anything wrong with them is left to PyTorch to refuse.
+    """
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or not x.requires_grad or not x.numel():
+        return False
+    if x.dim() < 3 or not x.is_contiguous():
+        return False
+    for row in rows:
+        if row is None or row.dtype != torch.float32 or not row.is_contiguous():
+            return False
+    return are_plain(x, *rows)  # type: ignore[arg-type]

@@ -12,7 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robplug.cpu_kernels import FAST, Words, fetch, float32s, int8s, kernel, number, portion, portion_of_values
+from robplug.cpu_kernels import (
+    FAST,
+    Words,
+    barrier,
+    fetch,
+    float32s,
+    float64s,
+    int8s,
+    kernel,
+    number,
+    portion,
+    portion_of_values,
+)
 
 BLOCK = 2**12  # values that are summed up in single precision
 STRIP = 2**8  # values that are worked on while others are fetched
@@ -40,6 +52,18 @@ def relu_add_signs(g: Tensor, signs: Tensor, weight: Tensor, activation: Tensor)
     out = torch.empty_like(g)
     _add(g.numel(), g.numel(), g, signs, weight.item() / g.numel(), out, activation)
     return out
+
+
+def batch_norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients by x, weight and bias of batch norm in eval mode; g and x (N, C, ...) are contiguous."""
+    samples, channels = x.shape[:2]
+    out, by_rows = torch.empty_like(x), torch.empty(2, channels, dtype=x.dtype, device=x.device)
+    parts = torch.empty(2, samples, channels, dtype=torch.float64, device=x.device)
+    length = x.numel() // (samples * channels)
+    _norm(x.numel(), samples, channels, length, g, x, mean, variance, weight, eps, out, parts, by_rows)
+    return out, *by_rows.unbind()
 
 
 @kernel
@@ -115,3 +139,44 @@ def _add_everywhere(g: Any, signs: Any, scale: Any, out: Any) -> None:
 def _add_where_passed(g: Any, signs: Any, scale: Any, activation: Any, out: Any) -> None:
     for i in range(g.size):
         out[i] = np.float32(0) if activation[i] <= 0 else g[i] + scale * np.float32(signs[i])
+
+
+@kernel
+def _norm(words: Words) -> None:
+    samples, channels, length, g, x, out = words[0], words[1], words[2], words[3], words[4], words[9]
+    mean, variance, weight = float32s(words[5], channels), float32s(words[6], channels), float32s(words[7], channels)
+    rows, eps = samples * channels, number(words[8])
+    parts, by_rows = float64s(words[10], 2 * rows), float32s(words[11], 2 * channels)
+    first, last = portion(rows)
+    for row in range(first, last):
+        c = row % channels
+        deviation = np.sqrt(variance[c] + eps)
+        scale, product, total = np.float32(weight[c] / deviation), 0.0, 0.0
+        for begin in range(0, length, STRIP):
+            here, size = SINGLE * (row * length + begin), min(STRIP, length - begin)
+            fetch(g + here + AHEAD, size)
+            fetch(x + here + AHEAD, size)
+            fetch(out + here + AHEAD, size)
+            slopes, values, results = float32s(g + here, size), float32s(x + here, size), float32s(out + here, size)
+            sums = _scale(slopes, values, mean[c], scale, results)
+            product += sums[0]
+            total += sums[1]
+        parts[row], parts[rows + row] = product / deviation, total
+    barrier()
+    first, last = portion(2 * channels)
+    for row in range(first, last):
+        total = 0.0
+        for part in range(row // channels * rows + row % channels, (row // channels + 1) * rows, channels):
+            total += parts[part]
+        by_rows[row] = total
+
+
+@numba.njit(fastmath=FAST)
+def _scale(g: Any, x: Any, mean: Any, scale: Any, out: Any) -> Any:
+    """Writes scale * g, and returns the sums of g * (x - mean) and of g."""
+    product, total = np.float32(0), np.float32(0)
+    for i in range(g.size):
+        product += g[i] * (x[i] - mean)
+        total += g[i]
+        out[i] = scale * g[i]
+    return product, total

@@ -47,7 +47,6 @@ def sign_surrogate(layers: Sequence[Tensor], signs: Sequence[Tensor]) -> Tensor:
     return zeros
 
 
-@torch.compiler.disable
 def relu(x: Tensor) -> Tensor:
     """Returns the ReLU of x, whose backward pass adds the part of `sign_surrogate` as it goes, and not in another.
 
@@ -55,7 +54,7 @@ def relu(x: Tensor) -> Tensor:
     """
     if not is_tracked(x):
         return x.relu()
-    out: Tensor = _ReLU.apply(x)  # type: ignore[no-untyped-call]
+    out: Tensor = _relu(x)
     return out
 
 
@@ -104,6 +103,9 @@ class _ReLU(torch.autograd.Function):
         for signs, weight in waiting[1:]:  # of a layer that is named more than once
             g = added(g, signs, weight)
         return relu_added(g, *waiting[0], out)
+
+
+_relu = super(torch.autograd.Function, _ReLU).apply  # without a look for transforms, of which ``are_plain`` knows
 
 
 def _hook(number: int, waiting: dict[int, tuple[Tensor, Tensor]]) -> Callable[[Tensor | None], Tensor | None]:

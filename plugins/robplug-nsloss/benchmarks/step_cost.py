@@ -4,7 +4,7 @@
 
 A step of ResNet-20 on CIFAR shapes with N noisy copies, beside N + 1 plain steps, which make as many forward and
 backward passes, and beside NsLoss as one would type it: all passes in one graph. Batch norm is frozen, as the defence
-has it by default; in the passes of NsLoss its backward pass is cheaper than in plain steps. Before anything is timed
+has it by default; in the noisy passes its backward pass is cheaper than in plain ones. Before anything is timed
 the gradients of both are compared in float64. Rounds go through all contenders in turn.
 """
 

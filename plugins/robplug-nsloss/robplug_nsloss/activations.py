@@ -52,9 +52,9 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls a function, batch norm with a cheaper backward pass, and keeps its result if it is ReLU-like."""
+        """Calls a function and keeps its result if it is ReLU-like."""
         kwargs = kwargs or {}
-        if func is F.batch_norm:
+        if self._seen is not None and func is F.batch_norm:
             return batch_norm(*args, **kwargs)
         kind = _kind(getattr(func, "__name__", ""))
         written = _written(kind, args, kwargs)
@@ -130,7 +130,7 @@ def passes_of(
 ) -> Iterator[Callable[[Seen | None], AbstractContextManager[Recorder]]]:
     """Gives what a pass is made inside of, again and again: `recording` for many passes with one set of hooks.
 
-    A pass that somebody sees is one that `sign_surrogate` alone is to differentiate: ReLUs are its own there.
+    A pass that somebody sees is one that `sign_surrogate` alone is to differentiate: ReLUs and batch norm are its own.
     """
     wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
     now: list[Recorder] = []

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from robplug_nsloss import ns_loss
-from robplug_nsloss.activations import recording
+from robplug_nsloss.activations import passes_of, recording
 from robplug_nsloss.kernels import numba_impl
 from robplug_nsloss.kernels.batch_norm import _Native, batch_norm
 
@@ -149,6 +153,10 @@ def test_what_the_kernel_does_not_serve_is_pytorchs() -> None:
         assert all(a is None or torch.equal(a, b) for a, b in zip(args[1:3], kept, strict=True))
     with pytest.raises(RuntimeError, match="running_mean should contain 5 elements"):
         batch_norm(x, mean[:3], variance[:3], weight, bias)
+    with pytest.raises(RuntimeError, match="expected 1 dims"):
+        batch_norm(x, mean, variance, weight[:, None], bias).sum().backward()
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_mean'"):
+        batch_norm(x, mean.requires_grad_(), variance, weight, bias)
 
 
 def network() -> nn.Sequential:
@@ -172,18 +180,85 @@ def test_ns_loss_uses_it_and_is_what_it_is_in_double_precision(monkeypatch: pyte
         model = model.to(dtype)
         loss = ns_loss(model, x.to(dtype), radius=0.5, draws=3)
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-    assert len(calls) == (3 if training else 3 + 1)  # draws, and the clean pass where its statistics are known
+    assert len(calls) == 3  # draws; the clean pass is the user's
     for single, double in zip(*found, strict=True):
         # a sign may differ where two activations hardly do
         assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6
 
 
-def test_a_pass_that_is_recorded_is_what_it_was() -> None:
+def test_a_pass_that_is_recorded_stays_pytorchs() -> None:
     model, x = network().eval(), torch.rand(6, 2, 8, 8)
-    plain = model(x)
-    with recording(model) as recorder:
-        out = model(x)
-    assert torch.equal(out, plain) and recorder.names == ["2:relu", "4:relu", "logits"]
-    ours, theirs = (torch.autograd.grad(o.square().sum(), list(model.parameters())) for o in (out, plain))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    norms = []
+    model[1].register_forward_hook(lambda _, __, out: norms.append(out))
+    with recording(model):
+        model(x)
+    with passes_of(model, None) as one_pass, one_pass(lambda *_: None):
+        model(x)
+    assert [is_own(out) for out in norms] == [False, True]
+
+
+class Checkpointed(nn.Module):
+    """Its parts' activations are computed again in the backward pass, when nobody looks on."""
+
+    def __init__(self, parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.parts, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def test_checkpoints_save_what_pytorch_saves() -> None:
+    parts, x, found = network().eval(), torch.rand(6, 2, 8, 8), []
+    for model in (nn.Sequential(*parts[:2]), Checkpointed(parts[:2])):
+        whole = nn.Sequential(model, *parts[2:])
+        loss = ns_loss(whole, x, draws=2, generator=torch.Generator().manual_seed(3))
+        found.append(torch.autograd.grad(loss, list(parts.parameters())))
+    assert_near(*found, 1e-6)
+
+
+def test_other_modes_see_the_function() -> None:
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            return 2 * out if func is F.batch_norm else out
+
+    tensors, g = case(3, 5, 7, 7), torch.randn(3, 5, 7, 7)
+    with Doubled():
+        found = gradients(batch_norm, tensors, g)
+    assert_near(found, gradients(F.batch_norm, tensors, 2 * g), 1e-6)
+
+
+@pytest.mark.parametrize("eps", [1, True, np.float64(0.5)])
+def test_eps_may_be_any_number(eps: float) -> None:
+    tensors, g = case(3, 5, 7, 7), torch.randn(3, 5, 7, 7)
+    ours, theirs = (torch.autograd.grad(f(*tensors, eps=eps), tensors[0], g) for f in (batch_norm, F.batch_norm))
+    torch.testing.assert_close(ours, theirs)
+
+
+class Silent(torch.autograd.Function):
+    """Has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_stays_none() -> None:
+    tensors = case(3, 5, 7, 7)
+    Silent.apply(batch_norm(*tensors, eps=EPS)).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(tensor.grad is None for tensor in tensors)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_nobody_looks_at_gradients_that_nobody_wants() -> None:
+    x, mean, variance, weight, bias = case(3, 5, 7, 7)
+    with torch.no_grad():
+        x[0, 0, 0, 0] = math.nan
+    with torch.autograd.set_detect_anomaly(True):
+        batch_norm(x, mean, variance, weight.detach(), bias.detach(), eps=EPS).sum().backward()
+    assert bool(x.grad.isfinite().all())  # type: ignore[union-attr]

@@ -21,12 +21,12 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Returns `torch.nn.functional.batch_norm` of the same arguments, and has its gradients.
+    """Returns `torch.nn.functional.batch_norm` of the same arguments, with the same gradients.
 
-    The kernel for the CPU serves where nothing is to be learned but weight and bias: in eval mode, in float32, for
-    contiguous samples (N, C, ...).
+    The kernel for the CPU serves in eval mode, in float32, for contiguous samples (N, C, ...). For passes of one's own:
+    PyTorch's node of the graph has other neighbours and is one for forward-mode differentiation, too.
     """
-    if not training and is_native_norm(x, mean, variance, weight, bias):
+    if not training and is_native_norm(x, mean, variance, weight, bias, eps):
         out: Tensor = _native(x, mean, variance, weight, bias, eps)
         return out
     return F.batch_norm(x, mean, variance, weight, bias, training, momentum, eps)
@@ -37,14 +37,18 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean, variance, weight)
         ctx.eps = eps
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 6
         by_x, by_weight, by_bias = norm_gradients(g, *ctx.saved_tensors, ctx.eps)
-        return by_x, None, None, by_weight, by_bias, None
+        wanted = ctx.needs_input_grad
+        return by_x, None, None, by_weight if wanted[3] else None, by_bias if wanted[4] else None, None
 
 
 _native = super(torch.autograd.Function, _Native).apply  # without a look for transforms, of which ``are_plain`` knows

@@ -79,16 +79,24 @@ def is_tracked(x: Tensor) -> bool:
     return x.requires_grad and are_plain(x)
 
 
-def is_native_norm(x: Tensor, *rows: Tensor | None) -> bool:
+def is_native_norm(x: Tensor, mean: Any, variance: Any, weight: Any, bias: Any, eps: Any) -> bool:
     """Returns whether the kernel for the CPU can differentiate batch norm by known statistics.
 
-    The rows are mean, variance, weight and bias; anything wrong with them is left to PyTorch to refuse.
+    Anything wrong is left to PyTorch to refuse, and the call to modes that replace functions. Checkpoints, which work
+    by hooks for saved tensors, compare these with what PyTorch's own batch norm saves.
     """
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or not x.requires_grad or not x.numel():
+    if not are_plain(x, mean, variance, weight, bias) or mean.requires_grad or variance.requires_grad:
         return False
-    if x.dim() < 3 or not x.is_contiguous():
+    if not x.requires_grad or x.dtype != torch.float32 or x.dim() < 3 or not x.numel() or not x.is_contiguous():
         return False
-    for row in rows:
-        if row is None or row.dtype != torch.float32 or not row.is_contiguous():
+    channels = x.shape[1:2]
+    for row in (mean, variance, weight, bias):
+        if row.shape != channels or row.dtype != torch.float32 or not row.is_contiguous():
             return False
-    return are_plain(x, *rows)  # type: ignore[arg-type]
+    if type(eps) is not float or torch._C._len_torch_function_stack():
+        return False
+    return _saved_tensors_hooks(False) is None
+
+
+# PyTorch 2.6 does not tell
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown")

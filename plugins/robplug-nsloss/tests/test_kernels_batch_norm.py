@@ -19,6 +19,7 @@ from robplug_nsloss.activations import passes_of, recording
 from robplug_nsloss.kernels import numba_impl
 from robplug_nsloss.kernels.batch_norm import _Native, batch_norm
 
+Precisions = Callable[[nn.Module], list[str]]
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 SHAPES = [(2, 3, 5), (1, 70, 1), (3, 5, 7, 7), (2, 3, 4, 5, 6), (9, 16, 33, 33), (2, 3, 5 * numba_impl.STRIP + 1)]
@@ -154,7 +155,7 @@ def test_what_the_kernel_does_not_serve_is_pytorchs() -> None:
     with pytest.raises(RuntimeError, match="running_mean should contain 5 elements"):
         batch_norm(x, mean[:3], variance[:3], weight, bias)
     with pytest.raises(RuntimeError, match="expected 1 dims"):
-        batch_norm(x, mean, variance, weight[:, None], bias).sum().backward()
+        batch_norm(x, mean, variance, weight[:, None], bias).square().sum().backward()
     with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_mean'"):
         batch_norm(x, mean.requires_grad_(), variance, weight, bias)
 
@@ -168,22 +169,9 @@ def network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_ns_loss_uses_it_and_is_what_it_is_in_double_precision(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
-    calls: list[int] = []
-    kernel = numba_impl.batch_norm_backward
-    monkeypatch.setattr(numba_impl, "batch_norm_backward", lambda *args: (calls.append(1), kernel(*args))[1])
-    model, x, found = network().train(training), torch.rand(6, 2, 8, 8), []
-    noise = torch.randn(3, *x.shape, dtype=torch.float64)
-    for dtype in (torch.float32, torch.float64):
-        draws = iter(noise.to(dtype))
-        monkeypatch.setattr(torch, "randn", lambda *_, draws=draws, **__: next(draws))
-        model = model.to(dtype)
-        loss = ns_loss(model, x.to(dtype), radius=0.5, draws=3)
-        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
-    assert len(calls) == 3  # draws; the clean pass is the user's
-    for single, double in zip(*found, strict=True):
-        # a sign may differ where two activations hardly do
-        assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6
+def test_ns_loss_uses_it_and_is_what_it_is_in_double_precision(precisions: Precisions, training: bool) -> None:
+    calls = precisions(network().train(training))
+    assert calls.count("batch_norm_backward") == 3  # draws; the clean pass is the user's
 
 
 def test_a_pass_that_is_recorded_stays_pytorchs() -> None:
@@ -210,8 +198,8 @@ class Checkpointed(nn.Module):
 
 def test_checkpoints_save_what_pytorch_saves() -> None:
     parts, x, found = network().eval(), torch.rand(6, 2, 8, 8), []
-    for model in (nn.Sequential(*parts[:2]), Checkpointed(parts[:2])):
-        whole = nn.Sequential(model, *parts[2:])
+    for model in (nn.Sequential(*parts[:3]), Checkpointed(parts[:3])):
+        whole = nn.Sequential(model, *parts[3:])
         loss = ns_loss(whole, x, draws=2, generator=torch.Generator().manual_seed(3))
         found.append(torch.autograd.grad(loss, list(parts.parameters())))
     assert_near(*found, 1e-6)
@@ -236,21 +224,9 @@ def test_eps_may_be_any_number(eps: float) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-class Silent(torch.autograd.Function):
-    """Has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> None:
-        return None
-
-
-def test_no_gradient_stays_none() -> None:
+def test_no_gradient_stays_none(nothing: Callable[[Tensor], Tensor]) -> None:
     tensors = case(3, 5, 7, 7)
-    Silent.apply(batch_norm(*tensors, eps=EPS)).sum().backward()  # type: ignore[no-untyped-call]
+    nothing(batch_norm(*tensors, eps=EPS)).sum().backward()
     assert all(tensor.grad is None for tensor in tensors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,26 +88,12 @@ def test_what_lies_otherwise_is_left_to_the_reference() -> None:
     torch.testing.assert_close(parts.sum(), (noisy - clean).abs().mean())
 
 
-def test_the_loss_in_single_precision_is_that_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    for name in ("accumulate_signs", "add_signs", "relu_add_signs"):
-        kernel = getattr(numba_impl, name)
-        monkeypatch.setattr(numba_impl, name, lambda *args, k=kernel, n=name: (calls.append(n), k(*args))[1])
-    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
-    x, found = torch.rand(6, 2, 8, 8), []
-    noise = torch.randn(3, *x.shape, dtype=torch.float64)
-    for dtype in (torch.float32, torch.float64):
-        draws = iter(noise.to(dtype))
-        monkeypatch.setattr(torch, "randn", lambda *_, draws=draws, **__: next(draws))
-        exact = model.to(dtype)
-        loss = ns_loss(exact, x.to(dtype), radius=0.5, draws=3)
-        found.append([loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))])
-        model = model.to(torch.float32)
+def test_the_loss_in_single_precision_is_that_in_double(precisions: Callable[[nn.Module], list[str]]) -> None:
+    calls = precisions(
+        nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    )
     assert calls.count("accumulate_signs") == 3 * 3  # layers, draws
     assert calls.count("relu_add_signs") == 2 * 3 and calls.count("add_signs") == 3 + 3  # the latter in the clean pass
-    for single, double in zip(*found, strict=True):
-        # a sign may differ where two activations hardly do
-        assert float((single - double).abs().max()) <= 2e-3 * float(double.abs().max()) + 1e-6
 
 
 class Aside(nn.Module):

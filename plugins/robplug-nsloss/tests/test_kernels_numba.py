@@ -46,6 +46,9 @@ def test_signs_sums_and_means_are_those_of_the_reference(
             torch.testing.assert_close(added, reference.add_signs(noisy, signs, weight), rtol=2e-7, atol=1e-7)
             passed = numba_impl.relu_add_signs(noisy, signs, weight, clean)
             assert passed.stride() == noisy.stride() and torch.equal(passed, added * (clean > 0))
+            expected = reference.relu_add_signs(noisy, signs, weight, clean)
+            assert passed.stride() == expected.stride()
+            torch.testing.assert_close(passed, expected, rtol=2e-7, atol=1e-7)
     finally:
         torch.set_num_threads(1)
 

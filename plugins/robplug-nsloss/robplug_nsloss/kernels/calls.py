@@ -43,7 +43,8 @@ def relu_added(g: Tensor, signs: Tensor, weight: Tensor, activation: Tensor) -> 
     """Returns `added` where the ReLU behind an activation passes it, and 0 elsewhere."""
     if is_native(g, activation, signs):
         return cpu_kernels(reference).relu_add_signs(g, signs, weight, activation)  # type: ignore[no-any-return]
-    return relu_passed(added(g, signs, weight), activation)
+    checks.add_signs(g, signs, weight)
+    return reference.relu_add_signs(g, signs, weight, activation)
 
 
 def relu_passed(g: Tensor, activation: Tensor) -> Tensor:

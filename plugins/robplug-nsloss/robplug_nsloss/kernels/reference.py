@@ -1,7 +1,7 @@
 """The definition of the kernels in plain PyTorch, forward and backward; what runs where no kernel does.
 
 Values are computed in float32, or in float64 where they are float64, and rounded once at the end. The layers of a
-network are worked on in parts that stay in a core's cache, so that no difference of two layers is ever held whole.
+network are worked on in parts that stay in the cores' caches, so that no difference of two layers is ever held whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 2**18  # values whose differences stay in a core's cache
+CHUNK = 2**19  # values whose differences stay in the cores' caches
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -89,6 +89,15 @@ def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
     dtype, scale, out = accumulator(g), weight.item() / g.numel(), torch.empty_like(g)
     for result, part, sign in _parts(g, out, g, signs):
         torch.add(part, sign.to(dtype), alpha=scale, out=result)
+    return out
+
+
+def relu_add_signs(g: Tensor, signs: Tensor, weight: Tensor, activation: Tensor) -> Tensor:
+    """Returns what `add_signs` returns where the activation is not 0, and 0 elsewhere."""
+    dtype, scale, out = accumulator(g), weight.item() / g.numel(), torch.empty_like(g)
+    for result, part, sign, passed in _parts(g, out, g, signs, activation):
+        torch.add(part, sign.to(dtype), alpha=scale, out=result)
+        torch.ops.aten.threshold_backward.grad_input(result, passed, 0, grad_input=result)
     return out
 
 

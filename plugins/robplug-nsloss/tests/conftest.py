@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from robplug.testing.kernels import interpret_without_gpu, poisoned, seeded
-from robplug_nsloss import ns_loss
-from robplug_nsloss.kernels import numba_impl
 
 __all__ = ["poisoned", "seeded"]
 
-interpret_without_gpu()
+interpret_without_gpu()  # before the plugin is imported, which imports triton
 torch.set_num_threads(1)
 
 
@@ -41,6 +39,9 @@ def precisions(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[st
 
     The network takes (N, 2, 8, 8). Returned are the names of the kernels for the CPU as they were called.
     """
+    from robplug_nsloss import ns_loss
+    from robplug_nsloss.kernels import numba_impl
+
     calls: list[str] = []
     for name in ("accumulate_signs", "add_signs", "relu_add_signs", "batch_norm_backward"):
         kernel = getattr(numba_impl, name)

@@ -198,7 +198,7 @@ class SampleResult:
         silent: a valid iterate that broke the sample was seen and not returned.
         forwards: rows sent forward, where they can be told apart, else None.
         backwards: likewise backward.
-        note: why a sample is invalid or in error.
+        note: why a sample is invalid or in error, or that it came back as it was.
         measures: what the norm measures beside the distance, by name (nan where the distance is not finite).
         scores: what the task measures of the answers, by name: ``clean.NAME``, and ``adv.NAME`` where there is x_adv.
     """

@@ -21,6 +21,7 @@ PLAIN = (Tensor, nn.Parameter)
 BOX_TOLERANCE = 2.0**-23
 """One unit in the last place of float32 at the larger bound: what scaling to other bounds and back may add."""
 NOTHING = "has no labelled foreground, so there is nothing to attack"
+UNCHANGED = "came back unchanged and counts as robust: the attack found nothing, or could not start"
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ def _verdict(
     claim = _claim(outcome, i)
     silent = status == "robust" and outcome.silent is not None and bool(outcome.silent[i])
     alone = outcome.perturbed is not None and len(x) == 1  # only then do the counts belong to one sample
+    unchanged = status == "robust" and distance == 0 and threat.eps != 0
     return _row(
         base,
         status,
@@ -230,7 +232,7 @@ def _verdict(
         silent=silent,
         forwards=outcome.forwards if alone else None,
         backwards=outcome.backwards if alone else None,
-        note=fault,
+        note=UNCHANGED if unchanged else fault,
         measures={name: float(values[i]) for name, values in judged.measures.items()},
         scores={}
         if fault

@@ -62,6 +62,15 @@ def test_a_minimal_attack_is_broken_at_any_distance_and_keeps_it() -> None:
     assert [round(row.distance, 6) for row in rows] == [0.4, 3.6]
 
 
+@pytest.mark.parametrize(("eps", "said"), [(0.2, True), (None, True), (0.0, False)])
+def test_a_robust_sample_that_came_back_unchanged_says_so(eps: float | None, said: bool) -> None:
+    """An attack that could not start is no evidence; a ball of radius 0 holds nothing else."""
+    rows = rows_of(flat([0.1, 0.1]), flat([0.1, 0.1 + (eps != 0) / 16]), ThreatModel("linf", eps, (-1, 1)), [1, 1])
+    assert [row.status for row in rows] == ["robust", "robust"]
+    assert rows[0].note.startswith("came back unchanged") is said
+    assert rows[1].note.startswith("came back unchanged") is False
+
+
 def test_an_empty_batch_of_attacked_samples() -> None:
     rows = rows_of(flat([0.1]), flat([0.1]), ThreatModel("linf", 0.1, (-1, 1)), [0])
     assert [row.status for row in rows] == ["misclassified"]

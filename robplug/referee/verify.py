@@ -21,7 +21,7 @@ PLAIN = (Tensor, nn.Parameter)
 BOX_TOLERANCE = 2.0**-23
 """One unit in the last place of float32 at the larger bound: what scaling to other bounds and back may add."""
 NOTHING = "has no labelled foreground, so there is nothing to attack"
-UNCHANGED = "came back unchanged and counts as robust: the attack found nothing, or could not start"
+UNCHANGED = "came back unchanged (distance 0) and counts as robust"
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def verify(
             row = _row(base, "unattacked", note=NOTHING if batch.made is None else "")
         if base["prediction"] != base["y"]:
             row = replace(row, status="misclassified", note="" if row.status == "unattacked" else row.note)
+        elif row.status == "robust" and row.distance == 0 and not row.silent and batch.made is None and threat.eps != 0:
+            row = replace(row, note=UNCHANGED)
         rows.append(replace(row, scores={**clean[i], **row.scores}))
     return Verdicts(rows, None if judged is None else judged.answer)
 
@@ -221,7 +223,6 @@ def _verdict(
     claim = _claim(outcome, i)
     silent = status == "robust" and outcome.silent is not None and bool(outcome.silent[i])
     alone = outcome.perturbed is not None and len(x) == 1  # only then do the counts belong to one sample
-    unchanged = status == "robust" and distance == 0 and threat.eps != 0
     return _row(
         base,
         status,
@@ -232,7 +233,7 @@ def _verdict(
         silent=silent,
         forwards=outcome.forwards if alone else None,
         backwards=outcome.backwards if alone else None,
-        note=UNCHANGED if unchanged else fault,
+        note=fault,
         measures={name: float(values[i]) for name, values in judged.measures.items()},
         scores={}
         if fault

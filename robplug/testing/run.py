@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from packaging.utils import canonicalize_name
 from robplug.errors import PluginError
 from robplug.isolation import seeded_globals
 from robplug.plugins import Plugin, registry
+from robplug.testing.listing import what_slows_listing
 from robplug.types import NormSpec, Spec
 
 if TYPE_CHECKING:
@@ -101,8 +103,8 @@ def check_package(
         expected: reasons for failures that are known, by (subject, check).
 
     Returns:
-        A result for each rule and Spec, and one per plugin module for whether it loads. What depends on an object
-        that cannot be imported is left out.
+        A result for each rule and Spec, and per plugin module whether it loads and is listed quickly. What depends
+        on an object that cannot be imported is left out.
 
     Raises:
         PluginError: no such plugin is installed.
@@ -119,6 +121,9 @@ def _results(plugins: list[Plugin], expected: Expected) -> Iterator[CheckResult]
     for plugin in plugins:
         problem = "" if plugin.error is None else f"{plugin.error.problem}; {plugin.error.remedy}"
         yield CheckResult("loads", plugin.module, "failed" if problem else "passed", " ".join(problem.split()))
+        if not problem:
+            slow = what_slows_listing(plugin.module)
+            yield CheckResult("listed_quickly", plugin.module, "failed" if slow else "passed", slow)
         for spec in plugin.specs:
             for check in _checks(spec):
                 result = check.result(expected.get((spec.name, check.name)))
@@ -167,7 +172,10 @@ def _plugins(distribution: str) -> list[Plugin]:
     plugins = [plugin for plugin in registry().plugins if plugin.distribution == name]
     if not plugins:
         problem = "it is not installed, or has no entry point in the group robplug"
-        raise PluginError(distribution, problem, f"pip install {distribution}")
+        there = {plugin.distribution.removeprefix("robplug-"): plugin.distribution for plugin in registry().plugins}
+        near = difflib.get_close_matches(name.removeprefix("robplug-"), there, n=1)
+        installed = f"there is {', '.join(sorted(there.values()))}"
+        raise PluginError(distribution, problem, f"did you mean {there[near[0]]}?" if near else installed)
     return plugins
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import robplug
 from robplug.norms import L2, LINF, Measuring
 from robplug.referee.guard import Outcome
-from robplug.referee.verify import Batch, verify
+from robplug.referee.verify import UNCHANGED, Batch, verify
 from robplug.types import Perturbed, SampleResult, ThreatModel
 
 
@@ -67,8 +67,17 @@ def test_a_robust_sample_that_came_back_unchanged_says_so(eps: float | None, sai
     """An attack that could not start is no evidence; a ball of radius 0 holds nothing else."""
     rows = rows_of(flat([0.1, 0.1]), flat([0.1, 0.1 + (eps != 0) / 16]), ThreatModel("linf", eps, (-1, 1)), [1, 1])
     assert [row.status for row in rows] == ["robust", "robust"]
-    assert rows[0].note.startswith("came back unchanged") is said
-    assert rows[1].note.startswith("came back unchanged") is False
+    assert [row.note for row in rows] == [UNCHANGED if said else "", ""]
+
+
+def test_an_unchanged_sample_need_not_be_the_attack_s_doing() -> None:
+    """It had broken the sample before, or the sample is another target's."""
+    x, threat, target = flat([0.1, 0.1]), ThreatModel("linf", 0.2, (-1, 1)), robplug.target(Sign(), bounds=(-1, 1))
+    outcome = Outcome(Perturbed(x.clone()), silent=torch.tensor([True, False]))
+    for made in (None, torch.tensor([True, True])):
+        batch = Batch([0, 1], x, torch.tensor([1, 1]), None, target.predict(x), made=made)
+        rows = verify(target, LINF, threat, batch, outcome, batch_size=2).rows
+        assert [row.note for row in rows] == ["", "" if made is not None else UNCHANGED]
 
 
 def test_an_empty_batch_of_attacked_samples() -> None:

@@ -18,6 +18,7 @@ from robplug.plugins import Plugin
 from robplug.testing import run
 from robplug.testing.checks import checks_for
 from robplug.testing.fixtures import linear, network
+from robplug.testing.listing import what_slows_listing
 from robplug.testing.run import Check, CheckResult, check_package, list_checks, parametrize
 
 
@@ -115,8 +116,14 @@ def test_the_host_keeps_its_own_rules_and_says_so_as_it_goes():
 
 
 def test_a_distribution_that_is_not_there_is_an_error_with_a_remedy():
-    with pytest.raises(PluginError, match=r"no-such-plugin: it is not installed.*pip install no-such-plugin"):
+    with pytest.raises(PluginError, match=r"no-such-plugin: it is not installed.*there is robplug"):
         check_package("no-such-plugin")
+
+
+def test_a_distribution_under_another_name_is_named(installed):
+    installed()
+    with pytest.raises(PluginError, match=r"wrong: it is not installed.*did you mean robplug-wrong\?"):
+        check_package("wrong")
 
 
 @pytest.fixture
@@ -124,7 +131,7 @@ def installed(monkeypatch):
     """Makes a plugin of Specs the only one that is installed."""
 
     def install(*specs, error=None):
-        plugin = Plugin("robplug-wrong", "1", "wrong_attacks", specs, error)
+        plugin = Plugin("robplug-wrong", "1", "robplug.builtin", specs, error)
         fake = robplug.registry.Registry([plugin, *robplug.plugins.load()])
         monkeypatch.setattr(run, "registry", lambda: fake)
 
@@ -136,9 +143,25 @@ def test_a_disabled_plugin_fails_to_load_and_nothing_else_is_asked_of_it(install
     installed(error=error)
 
     message = "importing it failed; pip uninstall robplug-wrong"
-    assert check_package("Robplug_Wrong") == [CheckResult("loads", "wrong_attacks", "failed", message)]
+    assert check_package("Robplug_Wrong") == [CheckResult("loads", "robplug.builtin", "failed", message)]
     with pytest.raises(PluginError, match="pip uninstall"):
         list_checks("robplug-wrong")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from robplug import hookimpl\nprint('hello')", ""),
+        ("from robplug.defenses import Defense", "importing quick and calling its hooks loads torch; import inside "),
+        ("def robplug_norms():\n    import torch, foolbox\n    return []", "loads torch, foolbox; "),
+        ("def robplug_attacks():\n    raise KeyError('x')", "in a process of its own, it raises KeyError: 'x'"),
+    ],
+)
+def test_listing_is_to_load_nothing_heavy(tmp_path, monkeypatch, source, message):
+    (tmp_path / "quick.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = what_slows_listing("quick")
+    assert message in found and bool(message) is bool(found) and "\n" not in found
 
 
 def test_what_cannot_be_imported_is_said_once(installed):
@@ -168,7 +191,7 @@ def test_pytest_gets_the_same_list(installed):
     mark = parametrize("robplug-wrong", expected={("wrong/mutatesx", "inputs_untouched"): "saves memory"}).mark
     params = {param.id: param for param in mark.args[1]}
 
-    names = [result.check for result in check_package("robplug-wrong")][1:]
+    names = [result.check for result in check_package("robplug-wrong")][2:]
     assert list(params) == [f"wrong/mutatesx-{name}" for name in names]
     (xfail,) = params["wrong/mutatesx-inputs_untouched"].marks
     assert (xfail.name, xfail.kwargs) == ("xfail", {"reason": "saves memory", "strict": True})

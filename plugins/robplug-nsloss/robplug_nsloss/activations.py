@@ -37,13 +37,15 @@ class Recorder(TorchFunctionMode):
     Attributes:
         names: of the activations.
         tensors: the activations, with their graph; no later operation in place changes them.
+        again: names under which the activation before was met again.
     """
 
-    def __init__(self, functions: bool, seen: Seen | None) -> None:
+    def __init__(self, functions: bool, own: bool, seen: Seen | None) -> None:
         super().__init__()
-        self._seen = seen
+        self._own, self._seen = own, seen
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
+        self.again: set[str] = set()
         self._versions: list[int | None] = []
         self._uses: Counter[str] = Counter()
         self._modules: list[str] = []
@@ -54,7 +56,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Calls a function and keeps its result if it is ReLU-like."""
         kwargs = kwargs or {}
-        if self._seen is not None and func is F.batch_norm:
+        if self._own and func is F.batch_norm:
             return batch_norm(*args, **kwargs)
         kind = _kind(getattr(func, "__name__", ""))
         written = _written(kind, args, kwargs)
@@ -62,7 +64,7 @@ class Recorder(TorchFunctionMode):
             self._save_from(tensor)
         if not self._functions or not kind.relu_like or not _is_relu_like(kind, args, kwargs):
             return func(*args, **kwargs)
-        cheap = self._seen is not None and kind.plain == "relu" and len(args) == 1 and not written
+        cheap = self._own and kind.plain == "relu" and len(args) == 1 and not written
         out = relu(args[0]) if cheap else func(*args, **kwargs)
         self.keep(f"{self._modules[-1] if self._modules else ''}:{kind.plain}".removeprefix(":"), out)
         return out
@@ -72,6 +74,7 @@ class Recorder(TorchFunctionMode):
         if not isinstance(out, Tensor):
             raise InputError(f"a tensor from the layer {name}", type(out).__name__, "name layers inside of it")
         if self.tensors and out is self.tensors[-1]:
+            self.again.add(name)
             return
         self._uses[name] += 1
         self.names.append(name if self._uses[name] == 1 else f"{name}#{self._uses[name]}")
@@ -120,24 +123,25 @@ def recording(model: nn.Module, layers: Sequence[str] | None = None) -> Iterator
         InputError: a layer does not exist, is not used or gives no tensor; there is no ReLU-like function; or an
             activation is changed in place in a way that cannot be foreseen.
     """
-    with passes_of(model, layers) as one_pass, one_pass(None) as recorder:
+    with passes_of(model, layers) as one_pass, one_pass() as recorder:
         yield recorder
 
 
 @contextmanager
 def passes_of(
     model: nn.Module, layers: Sequence[str] | None
-) -> Iterator[Callable[[Seen | None], AbstractContextManager[Recorder]]]:
+) -> Iterator[Callable[..., AbstractContextManager[Recorder]]]:
     """Gives what a pass is made inside of, again and again: `recording` for many passes with one set of hooks.
 
-    A pass that somebody sees is one that `sign_surrogate` alone is to differentiate: ReLUs and batch norm are its own.
+    It takes ``own``, for a pass that `sign_surrogate` alone is to differentiate, whose ReLUs and batch norm are its
+    own, and ``seen``, see `Seen`.
     """
     wanted = wanted_modules(model, (LOGITS,) if layers is None else layers)
     now: list[Recorder] = []
 
     @contextmanager
-    def one_pass(seen: Seen | None) -> Iterator[Recorder]:
-        recorder = Recorder(layers is None, seen)
+    def one_pass(own: bool = False, seen: Seen | None = None) -> Iterator[Recorder]:
+        recorder = Recorder(layers is None, own, seen)
         now.append(recorder)
         try:
             with recorder:
@@ -145,7 +149,7 @@ def passes_of(
         finally:
             now.remove(recorder)
         recorder.check()
-        unused = [name for name in wanted if name not in recorder.names]
+        unused = [name for name in wanted if name not in recorder.again.union(recorder.names)]
         if layers is not None and unused:
             raise InputError("layers that the forward pass uses", ", ".join(map(repr, unused)), "leave them out")
         if layers is None and len(recorder.names) < 2 and recorder.names[-1:] in ([], [LOGITS]):

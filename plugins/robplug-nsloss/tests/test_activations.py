@@ -142,6 +142,11 @@ def test_layers_by_name() -> None:
     assert torch.equal(found["first.0"], first) and torch.equal(found["second"], model.second(first.relu()))
 
 
+def test_a_layer_under_two_names_is_collected_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert list(collected(model, ["logits", "1"])) == ["1"]
+
+
 def test_dropout_in_place_is_seen() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 64), nn.GELU(), nn.Dropout(0.5, inplace=True), nn.Linear(64, 3))

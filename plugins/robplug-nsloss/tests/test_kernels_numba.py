@@ -133,7 +133,7 @@ def test_every_relu_gets_all_its_parts_once(monkeypatch: pytest.MonkeyPatch, is_
 def test_a_pass_that_is_seen_can_be_differentiated_twice() -> None:
     model, x, found = Aside(), torch.rand(8, 6, requires_grad=True), []
     for seen in (lambda *_: None, None):
-        with passes_of(model, None) as one_pass, one_pass(seen):
+        with passes_of(model, None) as one_pass, one_pass(own=True, seen=seen):
             out = model(x)
         (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), [model.a.weight, model.c.weight]))

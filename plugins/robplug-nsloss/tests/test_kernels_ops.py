@@ -203,6 +203,13 @@ class Branching(nn.Module):
         return [a, b, dead, other_half, last(torch.cat([half * 2, b[:, 2:] + a[:, 2:]], dim=1))]
 
 
+def test_sums_of_signs_under_vmap() -> None:
+    clean, noisy, sums = (*torch.randn(2, 3, 4, 5).double().unbind(), torch.zeros(3, 4, 5, dtype=torch.int8))
+    means = torch.vmap(lambda *layer: accumulate_signs(*([each] for each in layer), 0))(clean, noisy, sums)
+    torch.testing.assert_close(means[:, 0], (noisy - clean).abs().mean((1, 2)))
+    assert torch.equal(sums, (noisy - clean).sign().to(torch.int8))
+
+
 def test_draw_by_draw_gives_the_gradient_of_all_draws_at_once() -> None:
     model, x = Branching().double(), torch.randn(7, 5).double()
     weights = torch.rand(5).double()

@@ -239,6 +239,21 @@ def test_half_precision_does_not_underflow() -> None:
     assert (found.float() / loss_scale - expected).norm() <= 0.01 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_half_precision_with_the_statistics_of_the_clean_batch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, affine: bool
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    model, x, noise = nn.Sequential(*layers).to(dtype), torch.rand(6, 2, 8, 8), torch.randn(6, 2, 8, 8)
+    found = []
+    for precision in (dtype, F64):
+        monkeypatch.setattr(torch, "randn", lambda *_, precision=precision, **__: noise.to(precision))
+        found.append(float(ns_loss(model.to(precision), x.to(precision), radius=4.0, draws=1).detach()))
+    assert found[0] == pytest.approx(found[1], rel=4 * torch.finfo(dtype).eps)
+
+
 def test_layers_are_the_shares_of_the_loss() -> None:
     model, x = network().eval(), images()
     rows = layer_sensitivity(model, x, radius=0.5, draws=3, generator=draws_of(2))

@@ -70,16 +70,10 @@ def accumulate_signs(
 def accumulate_one(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
     """Returns parts of the mean of one layer, whose sum it is, and the signs; see `accumulate_signs`."""
     laid, signs = alike(sums, noisy), torch.empty_like(noisy, dtype=torch.int8)
-    # the same memory for all parts, which stays in the caches
-    room = [noisy.new_empty(min(CHUNK, noisy.numel()), dtype=accumulator(noisy)) for _ in range(2)]
     absolute = []
     for second, first, sum_part, sign_part in _parts(noisy, noisy, clean, laid, signs):
-        difference, sign = (each[: second.numel()] for each in room)
-        if second.dtype == difference.dtype:
-            torch.sub(second, first, out=difference)
-        else:
-            difference.copy_(second).sub_(first)
-        sign_part.copy_(torch.sign(difference, out=sign))
+        difference = _difference(second, first)
+        sign_part.copy_(difference.sign())
         if draw == 0:
             sum_part.copy_(sign_part)
         else:

@@ -19,14 +19,16 @@ import torch
 
 from robplug import hookspecs
 from robplug.cli import main
+from robplug.defenses import Defense
 from robplug.errors import InputError, RobplugError, UnknownNameError
 from robplug.plugins import Plugin, load, registry
 from robplug.referee.digests import plugin_digest
 from robplug.referee.plan_tables import TargetEntry
 from robplug.registry import KINDS, Registry, canonical_settings, check_params, resolve_path
-from robplug.testing.checks import checks_for
+from robplug.testing.checks import PIECES, checks_for
+from robplug.testing.listing import what_slows_listing
 from robplug.testing.run import Check, CheckResult
-from robplug.types import Attack, AttackSpec, DefenseSpec, Spec, ThreatModel
+from robplug.types import Attack, AttackSpec, Spec, ThreatModel
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "writing-a-plugin.md").read_text(encoding="utf-8")
@@ -477,16 +479,26 @@ def _broken_rules(spec: Spec) -> list[CheckResult]:
     return [result for result in results if result.status != "passed"]
 
 
-def test_the_guides_norm_keeps_the_rules(site):
-    source = _block("python", "robplug_contrast").replace("robplug_contrast:", "robplug_contrast_module:")
-    site("robplug-contrast", source)
-    (spec,) = _load()["robplug-contrast"].specs
+def _guides(site, tmp_path: Path, name: str, hook: str, code: str) -> tuple[Spec, ...]:
+    """Installs a hook of the guide, and beside it the module that it names; listing it loads nothing heavy."""
+    module = f"{name}_code_module"
+    (folder := tmp_path / "site").mkdir()
+    (folder / f"{module}.py").write_text(_block("python", code))
+    source, found = re.subn(r'"robplug_\w+', f'"{module}', _block("python", hook))
+    assert found == 1
+    site(f"robplug-{name}", source)
+    assert what_slows_listing(f"robplug_{name}_module") == ""
+    return _load()[f"robplug-{name}"].specs
+
+
+def test_the_guides_norm_keeps_the_rules(site, tmp_path):
+    (spec,) = _guides(site, tmp_path, "contrast", hook="def robplug_norms", code="class Contrast:")
 
     assert _broken_rules(spec) == []
 
 
 def test_the_guides_norm_believes_no_false_witness(site):
-    site("robplug-contrast", _block("python", "robplug_contrast"))
+    site("robplug-contrast", _block("python", "class Contrast:"))
     norm = resolve_path("robplug_contrast_module:CONTRAST")
 
     x = torch.tensor([[[[0.0, 0.5], [1.0, 0.5]]]])
@@ -496,11 +508,19 @@ def test_the_guides_norm_believes_no_false_witness(site):
     assert norm.distance(x, grey).tolist() == [torch.inf]
 
 
-def test_the_guides_defence_keeps_the_rules(site):
-    site("guide-decay", _block("python", "class Decay"))
-    make, params = "guide_decay_module:Decay", {"strength": 1e-4}
+def test_the_guides_defences_keep_the_rules(site, tmp_path):
+    specs = _guides(site, tmp_path, "tiny", hook="def robplug_defenses", code="class Decay")
 
-    assert _broken_rules(DefenseSpec(name="a/b", make=make, params=params, pieces=("penalty",))) == []
+    assert [spec.name for spec in specs] == ["tiny/noise", "tiny/decay"]
+    assert [_broken_rules(spec) for spec in specs] == [[], []]
+
+
+def test_the_guide_names_every_piece_of_a_defence_with_its_arguments():
+    table = GUIDE.partition("| piece | |")[2].partition("\n\n")[0]
+    expected = [
+        f"{piece}({', '.join(list(inspect.signature(getattr(Defense, piece)).parameters)[1:])})" for piece in PIECES
+    ]
+    assert re.findall(r"^\| `(.+?)` \|", table, re.M) == expected
 
 
 def test_the_guides_attack_without_a_loop_keeps_the_rules(site):

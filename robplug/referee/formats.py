@@ -139,4 +139,5 @@ def unresolved(summary: Summary, case: WorstCase) -> str:
     blame = sorted((share for share in case.shares if share.unanswered), key=lambda share: -share.unanswered)
     named = ", ".join(f"{summary.attack(share.attack).name} ({share.unanswered})" for share in blame)
     share = percent(case.unresolved / case.samples)
-    return f"{case.unresolved} of {case.samples} samples ({share}) are unresolved: no valid answer from {named}"
+    none = "no valid answer" if summary.finished else "no answer yet, or no valid one,"
+    return f"{case.unresolved} of {case.samples} samples ({share}) are unresolved: {none} from {named}"

@@ -95,7 +95,9 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
             key = cell_key(cell, identity, plan.chunk, plan.batch_size, [source.key for source in sources])
             attack = registry.attack(cell.spec.name, **cell.params)
         except (InputError, TypeError, ValueError) as error:
-            raise PlanError(f"{where}: {cell.label}", f"{cell.params_passed}: {error}") from error
+            defaults = {name: cell.spec.params.get(name) for name in cell.params_passed}
+            hint = f"; by default {defaults}" if defaults else ""
+            raise PlanError(f"{where}: {cell.label}", f"{cell.params_passed}: {error}{hint}") from error
         norm, first = registry.norm(cell.threat.norm), next(iter(sources), None)
         made = Job(
             cell, key, identity, attack, model.target, dataset, norm, _keep(plan, cell), first, tuple(sources[1:])

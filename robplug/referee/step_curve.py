@@ -12,7 +12,7 @@ from robplug.referee.findings import StepPoint
 
 @matplotlib.rc_context(STYLE)
 def draw(points: Sequence[StepPoint]) -> str:
-    """Draws robust accuracy with its interval, and dashed the median margin, against the number of steps.
+    """Draws robust accuracy with its interval, and dashed the median margin if there is one, against the steps.
 
     Returns:
         An ``<svg>`` element.
@@ -29,13 +29,13 @@ def draw(points: Sequence[StepPoint]) -> str:
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
     axes.grid(axis="y", color=RULE, linewidth=0.6)
-    margins = [point.margin for point in points if point.margin is not None]
-    if len(margins) == len(points):  # of a model that gives no number there is none
+    margins = [-point.margin for point in points if point.margin is not None]
+    # of a model that gives no number there is none, and where all is broken nothing is left of it
+    if len(margins) == len(points) and max(margins) > 0:
         loss = axes.twinx()
         axes.patch.set_facecolor("none")  # one of two axes in a place is always painted
         loss.plot(steps, margins, color=QUIET, linewidth=1.1, linestyle=(0, (4, 2)))
-        depth = max(-min(margins), 0.01)  # where all is broken, there is no margin to be drawn
-        loss.set_ylim(-1.05 * depth, 0.02 * depth)
+        loss.set_ylim(0, 1.05 * max(margins))
         loss.tick_params(length=2.5, width=0.6, labelsize=9.5)
         loss.spines["right"].set_visible(True)
         loss.set_ylabel("median margin left", fontsize=9.5, labelpad=3)

@@ -49,7 +49,7 @@ class ResultsTable:
             text = "\u2020 also beyond the radius: the attack looks for the smallest distance, wherever it is"
             parts.append(Text(text, style="dim"))
         if any(cell.claim.kind != "claim" for cell in self.summary.cells):
-            parts.append(Text("* the library makes no claim; this is what the prediction alone would say", style="dim"))
+            parts.append(Text("* the attack makes no claim; this is what the prediction alone would say", style="dim"))
         yield Group(*parts)
 
 
@@ -156,5 +156,6 @@ def _headline(summary: Summary, case: WorstCase) -> Text:
     if case.unresolved:
         value = f"{formats.percent(case.low.value)} to {formats.percent(case.high.value)}"
     span = formats.span(case.low.low, case.high.high)
-    text = f"{where}robust accuracy {value} [{span}], an upper bound under these attacks"
+    attacks = "these attacks" if summary.finished else "the attacks so far"
+    text = f"{where}robust accuracy {value} [{span}], an upper bound under {attacks}"
     return Text(f"{text}; clean accuracy {formats.percent(case.clean.value)}", style="bold")

@@ -158,7 +158,10 @@ def check_stronger_than_nothing(spec: AttackSpec) -> None:
     norm, scene = _closed_form_norm(spec), linear()
     eps = 2 * float(scene.distances(norm).max())
     _, broken = _attack_linear(trial(spec, scene, norm).within(eps))
-    require(broken.any(), f"it breaks none of {len(broken)} linear problems with {norm} eps {eps:.3g}; half is enough")
+    require(
+        broken.any(),
+        f"it breaks none of {len(broken)} linear problems with {norm} eps {eps:.3g}; eps {eps / 2:.3g} is enough",
+    )
 
 
 def _closed_form_norm(spec: AttackSpec) -> str:

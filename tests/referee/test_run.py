@@ -224,6 +224,17 @@ def test_dry_run_prints_cells_and_work(tmp_path: Path) -> None:
     robplug.evaluate(plan, out=tmp_path / "out")
     rows = outlook(plan, registry(), tmp_path / "out")
     assert [row.done for row in rows] == [24] * 4 and [row.forwards for row in rows] == [0] * 4
+    # of an attack whose work nobody can tell, what is done is done as well
+    threats = [{"norm": "linf", "eps": [0.1]}]
+    plan = toml(tmp_path / "other.toml", attacks=[{"name": "torchattacks/ffgsm"}], threats=threats)
+    assert [row.forwards for row in outlook(plan, registry(), tmp_path / "out")] == [None]
+    robplug.evaluate(plan, out=tmp_path / "out")
+    assert [row.forwards for row in outlook(plan, registry(), tmp_path / "out")] == [0]
+
+
+def test_a_parameter_of_another_type_is_shown_beside_the_default(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"robplug/pgd: \{'steps': 'many'\}: .*; by default \{'steps': 20\}"):
+        robplug.evaluate({**PLAN, "attacks": [{"name": "robplug/pgd", "steps": "many"}]}, out=tmp_path)
 
 
 def test_targeted_goals_are_wrong_classes_and_depend_on_the_sample_alone(tmp_path: Path) -> None:

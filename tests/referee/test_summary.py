@@ -310,11 +310,20 @@ def test_the_table_refuses_and_names_the_attack(tmp_path: Path, monkeypatch: pyt
     assert "no headline: 1 of 4 samples (25.0\u00a0%) are unresolved: no valid answer from a/one (1)" in text
 
 
-def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
-    results = Results(
-        write_run(tmp_path, [MadeCell("rb", samples=4)], cells=[MadeCell("rb", samples=4).key(0), "f" * 64])
-    )
-    assert "unfinished run: 1 cell incomplete, 1 cell not begun" in str(results.table())
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("rb", "(50.0\u00a0%) are unresolved: no answer yet, or no valid one, from"),
+        ("rbrr", "an upper bound under the attacks so far"),
+    ],
+)
+def test_an_unfinished_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, said: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    cell = MadeCell(rows, samples=4)
+    results = Results(write_run(tmp_path, [cell], cells=[cell.key(0), "f" * 64]))
+    incomplete = "1 cell incomplete" if len(rows) < 4 else "0 cells incomplete"
+    assert f"unfinished run: {incomplete}, 1 cell not begun" in str(results.table())
+    assert said in str(results.table())
     assert "unfinished" in repr(results)
 
 

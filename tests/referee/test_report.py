@@ -18,12 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_run import NAN, MadeCell, write_run
 
 from robplug.errors import InputError, RobplugError, StoreError
+from robplug.referee import step_curve
 from robplug.referee.figures import _Line
+from robplug.referee.findings import StepPoint
 from robplug.referee.formats import radius, seconds
 from robplug.referee.overlays import drawn_over
 from robplug.referee.pictures import first_example
 from robplug.referee.report import write_report
 from robplug.referee.rundir import load_run
+from robplug.referee.wilson import wilson
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>alert('$x_1$')</script>"
@@ -334,3 +337,9 @@ def test_answers_of_any_shape_end_no_report(answer: np.ndarray, tmp_path: Path) 
     save_file({**load_file(path), "before": answer, "after": answer}, path)
     save_file({"trace": np.ones(2, dtype=np.float32)}, path.with_name("trace-00000.safetensors"))
     assert write_report(run).is_file()
+
+
+@pytest.mark.parametrize(("margins", "drawn"), [((-1.5, 0.0), True), ((0.0, 0.0), False), ((-1.5, None), False)])
+def test_the_margin_left_is_drawn_where_there_is_one(margins: tuple[float | None, ...], drawn: bool) -> None:
+    points = [StepPoint(steps, wilson(3, 10), margin) for steps, margin in zip((1, 10), margins, strict=True)]
+    assert ("median margin left" in step_curve.draw(points)) is drawn

@@ -95,8 +95,8 @@ def prepare(plan: Plan, registry: Registry, where: str) -> list[Job]:
             key = cell_key(cell, identity, plan.chunk, plan.batch_size, [source.key for source in sources])
             attack = registry.attack(cell.spec.name, **cell.params)
         except (InputError, TypeError, ValueError) as error:
-            defaults = {name: cell.spec.params.get(name) for name in cell.params_passed}
-            hint = f"; by default {defaults}" if defaults else ""
+            defaults = {name: value for name, value in cell.spec.params.items() if name in cell.params_passed}
+            hint = f"; by default {defaults}" if isinstance(error, TypeError) else ""
             raise PlanError(f"{where}: {cell.label}", f"{cell.params_passed}: {error}{hint}") from error
         norm, first = registry.norm(cell.threat.norm), next(iter(sources), None)
         made = Job(

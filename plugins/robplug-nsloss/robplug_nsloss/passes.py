@@ -83,7 +83,7 @@ def _noted_statistics(model: nn.Module, statistics: Statistics) -> Iterator[None
             x = inputs[0].detach()
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             found = torch.var_mean(x, dim=[0, *range(2, x.dim())], correction=0)
-            # PyTorch has them in the dtype of the weights
+            # PyTorch wants them in the dtype of the weights
             variance, mean = (each if part.weight is None else each.to(part.weight.dtype) for each in found)
             statistics[part].append((mean, variance))
 

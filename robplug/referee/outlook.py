@@ -61,7 +61,7 @@ def outlook(plan: str | Path, registry: Registry, out: str | Path | None = None)
         done = sum(chunk["samples"] for chunk in record["chunks"])
         passes = _passes(job.cell, job.target.eot) if job.source is None else 1
         left = len(job.dataset) - done
-        forwards = 0 if not left else None if passes is None else passes * left
+        forwards = None if passes is None and left else (passes or 0) * left
         backwards = forwards if job.cell.spec.needs == "gradients" and job.source is None else 0
         rows.append(Outlook(job.key, job.cell, len(job.dataset), done, forwards, backwards))
     return rows

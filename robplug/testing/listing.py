@@ -8,9 +8,10 @@ import sys
 
 _SCRIPT = """
 import importlib, sys
+from robplug.registry import KINDS
 module = importlib.import_module(sys.argv[1])
-for name in ("attacks", "defenses", "targets", "datasets", "norms"):
-    getattr(module, f"robplug_{name}", list)()
+for hook, _ in KINDS.values():
+    getattr(module, hook, list)()
 print(*[name for name in ("torch", "art", "foolbox", "torchattacks") if name in sys.modules], sep=", ")
 """
 

@@ -37,7 +37,6 @@ class Recorder(TorchFunctionMode):
     Attributes:
         names: of the activations.
         tensors: the activations, with their graph; no later operation in place changes them.
-        again: names under which the activation before was met again.
     """
 
     def __init__(self, functions: bool, own: bool, seen: Seen | None) -> None:
@@ -45,7 +44,6 @@ class Recorder(TorchFunctionMode):
         self._own, self._seen = own, seen
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
-        self.again: set[str] = set()
         self._versions: list[int | None] = []
         self._uses: Counter[str] = Counter()
         self._modules: list[str] = []
@@ -73,8 +71,8 @@ class Recorder(TorchFunctionMode):
         """Adds an activation; the very tensor that was added last is not added twice."""
         if not isinstance(out, Tensor):
             raise InputError(f"a tensor from the layer {name}", type(out).__name__, "name layers inside of it")
+        self._uses.setdefault(name, 0)
         if self.tensors and out is self.tensors[-1]:
-            self.again.add(name)
             return
         self._uses[name] += 1
         self.names.append(name if self._uses[name] == 1 else f"{name}#{self._uses[name]}")
@@ -82,6 +80,10 @@ class Recorder(TorchFunctionMode):
         self._versions.append(_version(out))
         if self._seen is not None:
             self._seen(self.names, out)
+
+    def met(self, name: str) -> bool:
+        """Returns whether a layer was used, be it under another name as well."""
+        return name in self._uses
 
     def enter(self, name: str) -> None:
         """Notes that the forward of a module begins."""
@@ -149,7 +151,7 @@ def passes_of(
         finally:
             now.remove(recorder)
         recorder.check()
-        unused = [name for name in wanted if name not in recorder.again.union(recorder.names)]
+        unused = [name for name in wanted if not recorder.met(name)]
         if layers is not None and unused:
             raise InputError("layers that the forward pass uses", ", ".join(map(repr, unused)), "leave them out")
         if layers is None and len(recorder.names) < 2 and recorder.names[-1:] in ([], [LOGITS]):

@@ -18,7 +18,7 @@ from robplug.errors import InputError
 from robplug_nsloss.activations import passes_of
 from robplug_nsloss.kernels.calls import is_native, parts_and_signs
 from robplug_nsloss.kernels.ops import means_and_signs
-from robplug_nsloss.kernels.reference import stacked
+from robplug_nsloss.kernels.reference import joined
 from robplug_nsloss.kernels.surrogate import sign_surrogate
 from robplug_nsloss.noise import Noise
 from robplug_nsloss.passes import Watched, same_statistics
@@ -76,11 +76,10 @@ def compare(
                 model(copy)
             _check_same(clean.names, noisy.names)
             if at_once is not None:
-                signs = [sign for _, sign in at_once.found]
-                means.append(stacked([parts.sum(dtype=torch.float64) for parts, _ in at_once.found], fixed))
+                mean, signs = joined(at_once.found, fixed)
             else:  # on CUDA all layers in one launch
                 mean, signs = means_and_signs(fixed, noisy.tensors, sums, draw)
-                means.append(mean)
+            means.append(mean)
             if any(activation.requires_grad for activation in noisy.tensors):
                 change = sign_surrogate(noisy.tensors, signs).sum()
                 del noisy, signs, at_once  # before the next pass

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from robplug_nsloss import ns_loss
 from robplug_nsloss.activations import passes_of
 from robplug_nsloss.kernels import calls, numba_impl, reference
+from robplug_nsloss.kernels.surrogate import _ReLU
 
 SHAPES = [(1,), (3, 5), (2, 3, 7, 5), (numba_impl.BLOCK,), (3, numba_impl.BLOCK + 1), (70, 31, 33)]
 LAST = torch.channels_last
@@ -130,11 +131,13 @@ def test_every_relu_gets_all_its_parts_once(monkeypatch: pytest.MonkeyPatch, is_
     assert all(float(weight.abs().max()) > 0 for weight in found[0])
 
 
-def test_a_pass_that_is_seen_can_be_differentiated_twice() -> None:
+def test_a_pass_of_one_s_own_can_be_differentiated_twice() -> None:
     model, x, found = Aside(), torch.rand(8, 6, requires_grad=True), []
-    for seen in (lambda *_: None, None):
-        with passes_of(model, None) as one_pass, one_pass(own=True, seen=seen):
+    for own in (True, False):
+        with passes_of(model, None) as one_pass, one_pass(own=own) as recorder:
             out = model(x)
+        nodes = {type(activation.grad_fn) for activation in recorder.tensors}
+        assert (_ReLU._backward_cls in nodes) is own  # type: ignore[attr-defined]
         (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum(), [model.a.weight, model.c.weight]))
     for ours, theirs in zip(*found, strict=True):

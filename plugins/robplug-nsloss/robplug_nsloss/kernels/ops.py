@@ -113,8 +113,7 @@ def means_and_signs(
     if not layers[1] or not layers[1][0].is_cpu or torch.compiler.is_compiling():
         return call("accumulate_signs", *layers, draw)  # type: ignore[no-any-return]
     checks.accumulate_signs(*layers, draw)
-    found = [parts_and_signs(*layer, draw) for layer in zip(*layers, strict=True)]
-    return reference.stacked([parts.sum() for parts, _ in found], noisy), [signs for _, signs in found]
+    return reference.joined([parts_and_signs(*layer, draw) for layer in zip(*layers, strict=True)], noisy)
 
 
 def _means_and_signs(clean: Sequence[Tensor], noisy: Sequence[Tensor], *_: Any) -> tuple[Tensor, list[Tensor]]:

@@ -63,8 +63,7 @@ def accumulate_signs(
     clean: list[Tensor], noisy: list[Tensor], sums: list[Tensor], draw: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns mean |noisy - clean| a layer, (L,), and sign(noisy - clean), which is added to sums; draw 0 sets them."""
-    found = [accumulate_one(*layer, draw) for layer in zip(clean, noisy, sums, strict=True)]
-    return stacked([parts.sum() for parts, _ in found], noisy), [sign for _, sign in found]
+    return joined([accumulate_one(*layer, draw) for layer in zip(clean, noisy, sums, strict=True)], noisy)
 
 
 def accumulate_one(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tuple[Tensor, Tensor]:
@@ -82,6 +81,11 @@ def accumulate_one(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tup
     if laid is not sums:
         sums.copy_(laid)
     return torch.stack(absolute) / noisy.numel(), signs
+
+
+def joined(found: Sequence[tuple[Tensor, Tensor]], layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Returns the means, (L,), and the signs of what `accumulate_one` found in each layer."""
+    return stacked([parts.sum() for parts, _ in found], layers), [signs for _, signs in found]
 
 
 def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def accumulate_one(clean: Tensor, noisy: Tensor, sums: Tensor, draw: int) -> tup
 
 def joined(found: Sequence[tuple[Tensor, Tensor]], layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Returns the means, (L,), and the signs of what `accumulate_one` found in each layer."""
-    return stacked([parts.sum() for parts, _ in found], layers), [signs for _, signs in found]
+    # not every device has double precision
+    means = [parts.sum(dtype=torch.float64 if parts.is_cpu else None) for parts, _ in found]
+    return stacked(means, layers), [signs for _, signs in found]
 
 
 def add_signs(g: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
